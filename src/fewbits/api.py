@@ -1,0 +1,110 @@
+"""The Python entry point of quantization: names and numbers in, a checked job, a finished checkpoint out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits import formats, methods
+from fewbits.errors import RequestError
+from fewbits.model import Source
+from fewbits.model import rows as calibration_rows
+from fewbits.pipeline.job import Job, Result, default_compute
+from fewbits.plan import Calibration, Plan
+
+PROBE_TOKENS = 2048
+
+
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    *,
+    method: str = "gptq",
+    bits: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    format: str | None = None,
+    calibration: str | Path | Sequence[str] | None = None,
+    samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+    max_memory: int | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str | None = None,
+    dry_run: bool = False,
+    recipe: str | Path | None = None,
+    compute: str | None = None,
+    dtype: str | None = None,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> Result | Job:
+    """Quantize a model into a checkpoint directory.
+
+    ``source`` is a transformers directory or a hub id; ``bits``, ``group_size`` and ``symmetric`` default to what the
+    method's paper uses (``group_size`` -1 is per channel); ``format`` is one of :data:`fewbits.formats.LAYOUTS`;
+    ``calibration`` a text file, texts, or the name of a fetched asset; ``max_memory`` bytes for activations;
+    ``compute`` "bf16" or "fp32" for the forward passes; ``dtype`` in which everything that is not quantized is
+    stored. ``dry_run`` returns the checked job.
+
+    Raises RequestError (the request cannot be carried out), CheckpointError (damaged model); see :mod:`fewbits.errors`.
+    """
+    if device not in (None, "cpu"):
+        raise RequestError(f"device {device!r} is not available for quantizing yet; allowed: cpu")
+    if compute not in (None, "bf16", "fp32"):
+        raise RequestError(f"compute {compute!r} is unknown; allowed: bf16, fp32")
+    if samples < 1 or seq_len < 2:
+        raise RequestError(
+            f"samples {samples} of {seq_len} tokens cannot calibrate; give at least 1 sample of 2 tokens"
+        )
+    methods.method(method)
+    layout = formats.get(format or "compressed-tensors")
+    opened = Source.open(source)
+    kept = dtype or storage_dtype(opened)
+    spec = "c4" if calibration is None else str(calibration) if isinstance(calibration, (str, Path)) else "texts"
+    common: dict[str, Any] = {
+        "format": layout.name,
+        "calibration": Calibration(spec, samples, seq_len),
+        "compute": compute or default_compute(),
+        "dtype": kept,
+        "seed": seed,
+    }
+    if recipe is not None:
+        plan = read_recipe(Path(recipe), common)
+    else:
+        plan = methods.plan(method, bits, group_size, symmetric, **common)
+    plan = plan.with_scales(layout.scale_dtype or kept)
+    rows, held_out = _rows(opened, plan, calibration)
+    job = Job.check(
+        opened, plan, rows=rows, held_out=held_out, max_memory=max_memory, emit=on_event or (lambda event: None)
+    )
+    return job if dry_run else job.run(Path(out), resume, overwrite)
+
+
+def storage_dtype(source: Source) -> str:
+    """The dtype of what stays dense: the checkpoint's own if it has 16 bits, float16 for float32 weights."""
+    return {torch.bfloat16: "bfloat16"}.get(source.dtype, "float16")
+
+
+def read_recipe(path: Path, common: dict[str, Any]) -> Plan:
+    """A plan from a YAML file; what the file does not say comes from ``common``."""
+    if not path.is_file():
+        raise RequestError(f"{path} is not a file; give a recipe in YAML")
+    return Plan.from_yaml(path.read_text(), common)
+
+
+def _rows(source: Source, plan: Plan, spec: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The calibration rows, and held-out rows that follow them in the text where it is long enough."""
+    if not plan.needs:
+        return None, None
+    c = plan.calibration
+    text, tokenizer = spec or c.spec, source.tokenizer()
+    learned = calibration_rows(tokenizer, text, c.samples, c.seq_len)
+    try:
+        more = calibration_rows(tokenizer, text, c.samples + max(1, PROBE_TOKENS // c.seq_len), c.seq_len)
+    except RequestError:
+        return learned, None
+    return learned, more[c.samples :]

@@ -1,0 +1,70 @@
+"""The command line: one verb per file; each parses, calls the library and prints."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import typer
+
+from fewbits.cli import evaluate, fetch, generate, inspect, quantize
+from fewbits.cli.base import explain, interrupted, stderr
+
+app = typer.Typer(
+    name="fewbits",
+    help="Make language models small: quantize, measure, inspect and run them.",
+    epilog="Exit codes: 0 done, 1 failed, 2 the request is wrong, 3 a quality limit was not met.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+)
+INTERRUPTED = 130
+VERBS: dict[str, Callable[..., None]] = {
+    "fetch": fetch.command,
+    "quantize": quantize.command,
+    "eval": evaluate.command,
+    "inspect": inspect.command,
+    "generate": generate.command,
+}
+for _verb, _command in VERBS.items():
+    app.command(_verb)(_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fewbits import __version__
+
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code; every failure is one line on stderr unless ``--debug`` is given."""
+    given = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        code = app(args=given, prog_name="fewbits", standalone_mode=False)
+        if code == INTERRUPTED:  # what newer versions of typer make of Ctrl-C; older ones raise Abort
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        stderr(interrupted(given))
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 1
+    except Exception as e:
+        if "--debug" in given:
+            traceback.print_exc()
+        message, code = explain(e)
+        if message:
+            stderr(f"error: {message}")
+        return code

@@ -1,0 +1,70 @@
+"""``fewbits eval``: perplexity, KL divergence and top-1 agreement, each with a 95 % interval."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from fewbits.cli.base import Debug, Json, console, emit, human, number
+from fewbits.cli.progress import Progress
+
+
+def command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A dense or quantized checkpoint.")],
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Text file, or a fetched text: wikitext2, wiki, c4, code.")
+    ] = None,
+    ctx: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    windows: Annotated[int, typer.Option(help="Windows, from the start of the text.")] = 20,
+    reference: Annotated[
+        str | None, typer.Option(metavar="REF", help="The model it was made from: adds KL and top-1.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="What both models compute in; default float32.")] = None,
+    batch: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model on a text, and its distance from the model that it was made from.
+
+    [bold]Examples[/bold]
+
+        fewbits eval ./smollm2-int4 --reference ./smollm2
+
+        fewbits eval ./out --text held-out.txt --ctx 1024 --windows 5 --json
+    """
+    from fewbits.evaluate import evaluate
+
+    with Progress("evaluating", "window", "windows") as progress:
+        found = evaluate(model, text, ctx, windows, reference, dtype, batch, on_event=progress).to_json()
+    report(found)
+    if as_json:
+        emit(found)
+
+
+def report(found: dict[str, Any]) -> None:
+    """A table: figure, value, 95 % interval."""
+    from rich.table import Table
+
+    table = Table(
+        title=f"{found['model']}: {found['windows']} windows of {found['ctx']} tokens of {found['text']}",
+        title_justify="left",
+    )
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for key, name, digits in (
+        ("perplexity", "perplexity", 4),
+        ("reference_perplexity", "perplexity of the reference", 4),
+        ("kl_mean", "KL(reference || model), mean", 5),
+        ("kl_p99", "KL, 99th percentile", 4),
+        ("top1", "top-1 agreement", 4),
+    ):
+        if found.get(key) is not None:
+            low_high = found.get(f"{key}_ci95")
+            table.add_row(
+                name, number(found[key], digits), " .. ".join(number(x, digits) for x in low_high) if low_high else ""
+            )
+    table.add_row("bits per weight (linear layers)", number(found["bits_per_weight"], 3), "")
+    table.add_row("size", human(found["size_bytes"]), "")
+    console().print(table)

@@ -1,0 +1,192 @@
+"""``fewbits quantize``: a dense model in, a quantized one out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewbits.cli.base import Debug, Json, Verbose, choice, console, emit, human, number, size, stderr
+from fewbits.cli.progress import Progress
+from fewbits.errors import QualityError, RequestError
+
+
+def command(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A transformers directory or a hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq, ...")] = "gptq",
+    bits: Annotated[int | None, typer.Option(help="Bits per code; default: the method's own.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is a whole row.")] = None,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option("--symmetric/--affine", help="Zero point in the middle, or free; default: the format's."),
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="fewbits, gptq, awq, compressed-tensors.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="Text file, or a fetched text: c4, wiki, code.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="FILE|PRESET", help="A plan in YAML instead of the flags.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Spill activations to disk above it: 4GiB, 500MB.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when it exists.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
+    compute: Annotated[
+        str | None, typer.Option(help="What calibration runs in: bf16 or fp32; default: the faster here.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and how large it gets; write nothing.")
+    ] = False,
+    max_kl: Annotated[
+        float | None, typer.Option(metavar="X", help="Exit 3 when KL from the original is larger.")
+    ] = None,
+    eval_text: Annotated[str | None, typer.Option(metavar="TEXT", help="Text for --max-kl; default wikitext2.")] = None,
+    eval_ctx: Annotated[int, typer.Option(help="Tokens per window for --max-kl.")] = 2048,
+    eval_windows: Annotated[int, typer.Option(help="Windows for --max-kl.")] = 5,
+    verbose: Verbose = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize the linear layers of a model.
+
+    [bold]Examples[/bold]
+
+        fewbits quantize ./smollm2 ./smollm2-int4 --bits 4 --group-size 64
+
+        fewbits quantize ./model ./out --method awq --format awq --calibration my.txt
+
+        fewbits quantize ./model ./out --max-kl 0.1 --eval-text held-out.txt --json
+
+    An interrupted run goes on with the same command and --resume.
+    """
+    if eval_text is not None and max_kl is None:
+        raise RequestError(
+            "--eval-text is the text for --max-kl, which was not given; give --max-kl X, or use `fewbits eval`"
+        )
+    if max_kl is not None and not max_kl >= 0:
+        raise RequestError(f"--max-kl {max_kl} is not a limit; give a number of nats, 0 or more")
+    memory = size(max_memory, "--max-memory")
+    known(method, format)
+    options: dict[str, Any] = {
+        "method": method,
+        "bits": bits,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "format": format,
+        "calibration": calibration,
+        "samples": samples,
+        "seq_len": seq_len,
+        "seed": seed,
+        "recipe": recipe,
+        "max_memory": memory,
+        "resume": resume,
+        "overwrite": overwrite,
+        "device": device,
+        "compute": compute,
+        "dry_run": dry_run,
+    }
+    if max_kl is not None and not dry_run:
+        readable(eval_text)
+    result = run(src, out, options, verbose)
+    if max_kl is None or dry_run:
+        report(result, as_json)
+        return
+    gate(src, out, result, max_kl, (eval_text, eval_ctx, eval_windows), as_json)
+
+
+def known(method: str, format: str | None) -> None:
+    """RequestError for a method or a format that does not exist, before anything is loaded."""
+    from fewbits.formats import LAYOUTS
+    from fewbits.methods import METHODS
+
+    choice(method, METHODS, "method")
+    if format is not None:
+        choice(format, LAYOUTS, "format")
+
+
+def readable(text: str | None) -> None:
+    """RequestError before hours of work when the text of ``--max-kl`` cannot be read."""
+    from fewbits.evaluate import text as texts
+
+    texts.read(text or "wikitext2")
+
+
+def run(src: str, out: Path, options: dict[str, Any], verbose: bool) -> dict[str, Any]:
+    """Quantize with a progress bar; the result as JSON types."""
+    from fewbits.api import quantize
+
+    stderr(f"quantizing {src} with {options['method']} ...")
+    with Progress("quantizing", "block", "blocks", verbose) as progress:
+        result: Any = quantize(src, out, **options, on_event=progress)
+    return planned(result, out) if options["dry_run"] else dict(result.to_json())
+
+
+def planned(job: Any, out: Path) -> dict[str, Any]:
+    """What a dry run says of a checked job: sizes from shapes and grids alone, what stays dense counted at 16 bits."""
+    weights = bits = 0.0
+    for e in (e for e in job.entries if e.grid is not None):
+        weights += math.prod(e.shape)
+        bits += math.prod(e.shape) * e.grid.cost(e.shape) + (32 * e.shape[1] if e.scattered else 0)
+    stored = job.source.checkpoint
+    every = sum(math.prod(stored.shape(name)) for name in stored.names())
+    return {
+        "dry_run": True,
+        "out": str(out),
+        "method": job.plan.method,
+        "format": job.plan.format,
+        "tensors": sum(e.grid is not None for e in job.entries),
+        "bits_per_weight": bits / weights if weights else None,
+        "size_bytes": int(bits / 8 + 2 * (every - weights)),
+    }
+
+
+def gate(
+    src: str, out: Path, result: dict[str, Any], max_kl: float, how: tuple[str | None, int, int], as_json: bool
+) -> None:
+    """Measure KL from the original; QualityError when it is above the limit. The output stays, to be looked at."""
+    from fewbits.evaluate import evaluate
+
+    text, ctx, windows = how
+    with Progress("evaluating", "window", "windows") as progress:
+        found = evaluate(out, text=text, ctx=ctx, windows=windows, reference=src, on_event=progress).to_json()
+    result = result | {"max_kl": max_kl, "kl_mean": found["kl_mean"], "perplexity": found["perplexity"], "eval": found}
+    report(result, as_json)
+    if not found["kl_mean"] <= max_kl:
+        raise QualityError(
+            f"KL {found['kl_mean']:.4f} is above --max-kl {max_kl:g}; {out} is kept; "
+            "give more bits, a smaller --group-size or a higher limit"
+        )
+
+
+def report(result: dict[str, Any], as_json: bool) -> None:
+    """The summary for people on stderr, and the JSON line."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    tensors = result.get("tensors")
+    rows = {
+        "out": str(result.get("out")),
+        "method": str(result.get("method")),
+        "format": result.get("format"),
+        "bits per weight": number(result.get("bits_per_weight"), 3),
+        "size": human(result.get("size_bytes")),
+        "tensors": str(len(tensors) if isinstance(tensors, (list, tuple, dict)) else tensors),
+        "seconds": number(result["seconds"], 1) if "seconds" in result else None,
+        "peak memory": human(result["peak_rss_bytes"]) if "peak_rss_bytes" in result else None,
+        "KL on held-out calibration rows": number(result["kl"]) if result.get("kl") is not None else None,
+        "KL from the original": number(result["kl_mean"]) if "kl_mean" in result else None,
+    }
+    for key, value in rows.items():
+        if value is not None:
+            table.add_row(key, value)
+    console().print(table)
+    if as_json:
+        emit(result)

@@ -1,0 +1,177 @@
+"""``evaluate``: score a model on a text, window by window, against the model that it was made from."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewbits.errors import CheckpointError, RequestError
+from fewbits.evaluate import hidden as hiddens
+from fewbits.evaluate import interval, score
+from fewbits.evaluate import text as texts
+from fewbits.evaluate.base import Evaluation, OnEvent
+from fewbits.evaluate.census import census
+
+_SAMPLE = 20_000  # characters on which two tokenizers must agree
+
+
+def evaluate(
+    path: str | Path,
+    text: str | Path | None = None,
+    ctx: int = 2048,
+    windows: int = 20,
+    reference: str | Path | None = None,
+    dtype: torch.dtype | str | None = None,
+    batch: int = 1,
+    on_event: OnEvent | None = None,
+) -> Evaluation:
+    """Perplexity of the model at ``path`` and its KL divergence from ``reference`` on the first windows of ``text``.
+
+    ``path`` and ``reference`` are dense or quantized checkpoints. ``text`` is a UTF-8 file or the name of a fetched
+    text; None takes ``wikitext2``. ``dtype`` is what both models compute in, so that KL measures quantization and
+    nothing else: None is float32 on a CPU. ``batch`` windows go through a model at once. The reference is run first;
+    only its hidden states and its output embedding are kept while the second model runs.
+
+    Raises RequestError for a missing or short text, a ``ctx`` beyond the model's positions, or tokenizers that differ;
+    CheckpointError for damaged files.
+    """
+    started = time.perf_counter()
+    run = _Run(ctx, windows, max(1, batch), _dtype(dtype), on_event or (lambda event: None))
+    name = "wikitext2" if text is None else text
+    content = texts.read(name)
+    if reference is None:
+        losses = run.alone(path, content)[None]
+    else:
+        losses = run.against(path, reference, content)
+    facts = census(path) if Path(path).exists() else None
+    return _summary(
+        losses,
+        {
+            "model": str(path),
+            "reference": None if reference is None else str(reference),
+            "text": str(name),
+            "ctx": ctx,
+            "windows": windows,
+            "seconds": time.perf_counter() - started,
+            "size_bytes": facts and facts.size_bytes,
+            "bits_per_weight": facts and facts.bits_per_weight,
+        },
+    )
+
+
+class _Run:
+    """One evaluation: the settings that both models share."""
+
+    def __init__(self, ctx: int, windows: int, batch: int, dtype: torch.dtype, tell: OnEvent):
+        self.ctx, self.windows, self.batch, self.dtype, self.tell = ctx, windows, batch, dtype, tell
+
+    def alone(self, path: str | Path, content: str) -> Tensor:
+        """NLL, float64 ``[windows * (ctx - 1)]``."""
+        model, _, ids = self._open(path, content)
+        body, head = hiddens.split(model, ids[0])
+        found = []
+        for _, some in self._walk(ids, "model"):
+            for row, h in zip(some, hiddens.states(body, some), strict=True):
+                found.append(score.losses(h[:-1], head, row[1:]))
+        return torch.cat(found)
+
+    def against(self, path: str | Path, reference: str | Path, content: str) -> Tensor:
+        """float64 ``[4, windows * (ctx - 1)]``, as :func:`fewbits.evaluate.score.compare`."""
+        model, tokenizer, ids = self._open(reference, content)
+        body, head_p = hiddens.split(model, ids[0])
+        width = hiddens.states(body, ids[:1, :2]).shape[-1]
+        with hiddens.Store(self.windows, self.ctx, width) as kept:
+            for first, some in self._walk(ids, "reference"):
+                kept.put(first, hiddens.states(body, some))
+            sample = texts.encode(tokenizer, content[:_SAMPLE])
+            del body, model, tokenizer
+            gc.collect()
+            return self._second(path, kept, head_p, ids, (content, sample))
+
+    def _second(
+        self, path: str | Path, kept: hiddens.Store, head_p: hiddens.Head, ids: Tensor, agreed: tuple[str, Tensor]
+    ) -> Tensor:
+        model, tokenizer = self._load(path)
+        content, sample = agreed
+        if not torch.equal(texts.encode(tokenizer, content[:_SAMPLE]), sample):
+            raise RequestError(
+                f"{path} and its reference tokenize the text differently; give the model that it was made from"
+            )
+        body, head_q = hiddens.split(model, ids[0])
+        found = []
+        for first, some in self._walk(ids, "model"):
+            for i, (row, h) in enumerate(zip(some, hiddens.states(body, some), strict=True)):
+                found.append(score.compare((kept[first + i][:-1], head_p), (h[:-1], head_q), row[1:]))
+        return torch.cat(found, 1)
+
+    def _walk(self, ids: Tensor, which: str) -> Any:
+        for first, some in hiddens.batches(ids, self.batch):
+            yield first, some
+            done = first + len(some)
+            self.tell({"event": "window", "which": which, "window": done, "windows": self.windows})
+
+    def _open(self, path: str | Path, content: str) -> tuple[Any, Any, Tensor]:
+        model, tokenizer = self._load(path)
+        return model, tokenizer, texts.windows(tokenizer, content, self.ctx, self.windows)
+
+    def _load(self, path: str | Path) -> tuple[Any, Any]:
+        from fewbits.runtime import load
+
+        model, tokenizer = load(path, dtype=self.dtype)
+        if tokenizer is None:
+            raise RequestError(f"{path} has no tokenizer; copy the tokenizer files of the original model into it")
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and self.ctx > limit:
+            raise RequestError(
+                f"--ctx {self.ctx} is more than the {limit} positions of {path}; give --ctx {limit} or less"
+            )
+        return model.eval(), tokenizer
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype or "float32", None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise RequestError(f"dtype {dtype!r} is not a floating-point type; give float32, bfloat16 or float16")
+    return found
+
+
+def _summary(losses: Tensor, facts: dict[str, Any]) -> Evaluation:
+    """``losses`` is ``[1, n]`` (NLL) or ``[4, n]`` (NLL of P, NLL of Q, KL, agreement)."""
+    per = losses.numpy()
+    if not np.isfinite(per).all():
+        raise CheckpointError(f"the logits of {facts['model']} or its reference are not finite; the model is damaged")
+    nll = per[0] if len(per) == 1 else per[1]
+    block = interval.blocks(facts["windows"], facts["ctx"] - 1)
+    low, high = interval.mean_interval(nll, block)
+    own = {
+        "tokens": nll.size,
+        "perplexity": _exp(float(nll.mean())),
+        "perplexity_ci95": (_exp(low), _exp(high)),
+    }
+    if len(per) == 1:
+        return Evaluation(**facts, **own)
+    _, _, kl, same = per
+    return Evaluation(
+        **facts,
+        **own,
+        reference_perplexity=_exp(float(per[0].mean())),
+        kl_mean=float(kl.mean()),
+        kl_mean_ci95=interval.mean_interval(kl, block),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        kl_p99_ci95=interval.quantile_interval(kl, block, 0.99),
+        top1=float(same.mean()),
+        top1_ci95=interval.mean_interval(same, block),
+    )
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

@@ -1,0 +1,6 @@
+"""Grids: the numbers that a weight may become."""
+
+from fewbits.grids.base import Grid, Params, group_index, groups_of, spread
+from fewbits.grids.uniform import Int, clip_ratios
+
+__all__ = ["Grid", "Int", "Params", "clip_ratios", "group_index", "groups_of", "spread"]

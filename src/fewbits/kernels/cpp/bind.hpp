@@ -1,0 +1,13 @@
+// Each family of ops adds its functions to the module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace fewbits {
+
+void bind_solver(nanobind::module_ &m);
+#if defined(FEWBITS_WITH_QLINEAR)
+void bind_qlinear(nanobind::module_ &m);  // defined in qlinear.cpp
+#endif
+
+}  // namespace fewbits

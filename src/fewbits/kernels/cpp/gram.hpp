@@ -1,0 +1,36 @@
+// G += x^T x. gram.cpp drives; the kernels below are serial and compiled per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace fewbits {
+
+struct GramJob {
+    float *g;       // [columns, columns], symmetric
+    const void *x;  // [rows, columns], rows `stride` elements apart
+    std::int64_t rows, columns, stride;
+    bool bfloat;  // bfloat16, else float32
+};
+
+void add_gram(const GramJob &job, int threads);
+
+constexpr int panel = 32;  // columns of x packed together
+
+struct GramKernels {
+    int depth;                // rows of x multiplied before the sums go to G
+    std::int64_t panel_bytes;  // of one packed panel of `depth` rows
+    // Packs rows [row, row + depth) of one panel's columns; what lies outside x becomes zero.
+    void (*pack)(const GramJob &, std::int64_t row, std::int64_t column, void *packed);
+    // out[panel, panel] = (panel a)^T (panel b), over `depth` packed rows.
+    void (*multiply)(const void *a, const void *b, float *out);
+    // Around the calls of one thread: claims and gives back what a multiplication unit needs. May be null.
+    void (*enter)(void *saved);
+    void (*leave)(const void *saved);
+};
+
+const GramKernels &gram_portable();
+const GramKernels &gram_avx2();
+const GramKernels &gram_avx512();
+const GramKernels &gram_amx();  // bfloat16 only
+
+}  // namespace fewbits

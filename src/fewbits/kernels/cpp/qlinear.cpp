@@ -1,0 +1,291 @@
+// Packing, preparation of activations, choice of instruction set, and bindings of the weight-only linear layer.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include <cstring>
+#include <vector>
+
+#include "bind.hpp"
+#include "cpu.hpp"
+#include "parallel.hpp"
+#include "qlinear.hpp"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace nb = nanobind;
+
+namespace fewbits::qlinear {
+namespace {
+
+constexpr int64_t kWorthAThread = 1 << 16;  // weights; below, waking a thread costs more than it saves
+
+Kernels choose() {
+    Kernels k = portable_kernels();
+#if defined(FEWBITS_WITH_AVX2)
+    if (isa() >= Isa::avx2) k = avx2_kernels();
+#endif
+#if defined(FEWBITS_WITH_AVX512)
+    if (isa() >= Isa::avx512) k = avx512_kernels();
+#endif
+#if defined(FEWBITS_WITH_AMX)
+    if (isa() >= Isa::avx512 && __builtin_cpu_supports("avx512bf16")) k = avx512_bf16_kernels();
+#endif
+    return k;
+}
+
+int step_of(int bits, int j) {  // shift of column j inside its lane (3 bits: of its two low bits)
+    if (bits == 8) return 8 * j;
+    const int width = bits == 3 ? 2 : bits, local = bits == 3 ? j % 16 : j;
+    return width * (local / 2) + 16 * (j % 2);
+}
+
+void pack_unit(int bits, const uint8_t* codes, int64_t count, uint32_t* lane) {
+    for (int64_t j = 0; j < count; ++j) {
+        const uint32_t code = codes[j];
+        if (bits != 3) {
+            lane[0] |= code << step_of(bits, int(j));
+            continue;
+        }
+        const int v = int(j) / 16, s = 2 * ((int(j) % 16) / 2), half = 16 * (int(j) % 2);
+        lane[v * kRows] |= (code & 3) << (s + half);
+        lane[2 * kRows] |= (code >> 2) << (half + (s + 2 + v) % 16);
+    }
+}
+
+uint8_t unpack_code(int bits, const uint32_t* lane, int j) {
+    if (bits != 3) return uint8_t((lane[0] >> step_of(bits, j)) & ((1u << bits) - 1));
+    const int v = j / 16, s = 2 * ((j % 16) / 2), half = 16 * (j % 2);
+    return uint8_t(((lane[v * kRows] >> (s + half)) & 3) | (((lane[2 * kRows] >> (half + (s + 2 + v) % 16)) & 1) << 2));
+}
+
+// Walks the units of one block: visit(first packed column, columns, lane of row 0).
+template <class Visit>
+void each_unit(const Weight& w, int64_t block, const Visit& visit) {
+    const int64_t unit = unit_columns(w.bits), words = unit_vectors(w.bits) * kRows;
+    int64_t at = block * w.block_words();
+    for (int64_t g = 0; g < w.groups; ++g) {
+        const int64_t columns = w.columns_of(g);
+        for (int64_t c = 0; c < columns; c += unit, at += words) {
+            visit(g * w.group + c, columns - c < unit ? columns - c : unit, at);
+        }
+    }
+}
+
+void pack_block(const Weight& w, const uint8_t* codes, uint32_t* packed, int64_t block) {
+    std::memset(packed + block * w.block_words(), 0, size_t(w.block_words()) * 4);
+    for (int64_t r = 0; r < kRows && block * kRows + r < w.out; ++r) {
+        const uint8_t* row = codes + (block * kRows + r) * w.in;
+        each_unit(w, block, [&](int64_t column, int64_t count, int64_t at) {
+            uint8_t gathered[32];
+            const uint8_t* source = row + column;
+            if (w.order) {
+                for (int64_t j = 0; j < count; ++j) gathered[j] = row[w.order[column + j]];
+                source = gathered;
+            }
+            uint32_t* lane = packed + at + r;
+            if (w.bits == 4 && count == 8) {  // the usual case without a branch per code
+                uint64_t c;
+                std::memcpy(&c, source, 8);
+                const uint64_t even = c & 0x000f000f000f000full, odd = (c >> 8) & 0x000f000f000f000full;
+                const auto squeeze = [](uint64_t v) { return uint32_t((v | v >> 12 | v >> 24 | v >> 36) & 0xffff); };
+                lane[0] = squeeze(even) | squeeze(odd) << 16;
+            } else {
+                pack_unit(w.bits, source, count, lane);
+            }
+        });
+    }
+}
+
+void unpack_block(const Weight& w, uint8_t* codes, int64_t block) {
+    for (int64_t r = 0; r < kRows && block * kRows + r < w.out; ++r) {
+        uint8_t* row = codes + (block * kRows + r) * w.in;
+        each_unit(w, block, [&](int64_t column, int64_t count, int64_t at) {
+            for (int64_t j = 0; j < count; ++j) {
+                row[w.order ? w.order[column + j] : column + j] = unpack_code(w.bits, w.codes + at + r, int(j));
+            }
+        });
+    }
+}
+
+void use_huge_pages(void* begin, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = 2 << 20;
+    const uintptr_t first = (uintptr_t(begin) + page - 1) & ~(page - 1), last = (uintptr_t(begin) + uintptr_t(bytes)) & ~(page - 1);
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+    (void)begin, (void)bytes;
+#endif
+}
+
+float to_float(const void* x, Dtype dtype, int64_t i) {
+    uint32_t u;
+    float f;
+    if (dtype == Dtype::f32) return static_cast<const float*>(x)[i];
+    const uint32_t h = static_cast<const uint16_t*>(x)[i];
+    if (dtype == Dtype::bf16) {
+        u = h << 16;
+        std::memcpy(&f, &u, 4);
+        return f;
+    }
+    u = (h & 0x7fff) << 13;
+    std::memcpy(&f, &u, 4);
+    f *= 0x1p112f;
+    std::memcpy(&u, &f, 4);
+    u |= ((h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u) | (h & 0x8000) << 16;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
+struct Scratch {
+    std::vector<float> x, sums;
+    std::vector<uint32_t> pairs;
+};
+
+Scratch& scratch() {
+    thread_local Scratch s;
+    return s;
+}
+
+// x [batch][in] becomes float32 [padded][batch], each column divided by 2**shift of its code (exact: a power of two), so that
+// kernels mask codes and need not shift them. Sums of each group are taken here, in float32, column after column.
+void prepare(const Weight& w, const void* x, Dtype dtype, int batch, Scratch& s) {
+    const int unit = unit_columns(w.bits), top = w.bits == 8 ? 24 : w.bits == 4 ? 28 : 30;
+    float by[32];
+    for (int j = 0; j < unit; ++j) {
+        by[j] = 1.0f;
+        for (int i = 0; step_of(w.bits, j) != top && i < step_of(w.bits, j); ++i) by[j] *= 0.5f;
+    }
+    s.x.assign(size_t(w.padded() * batch), 0.0f);
+    s.sums.assign(size_t(w.groups * batch), 0.0f);
+    for (int64_t g = 0; g < w.groups; ++g) {
+        float* at = s.x.data() + g * w.units_of(0) * unit * batch;
+        const int64_t columns = w.columns_of(g);
+        for (int m = 0; m < batch; ++m) {
+            float sum[4] = {};
+            for (int64_t c = 0; c < columns; ++c) {
+                const int64_t column = g * w.group + c;
+                const float v = to_float(x, dtype, m * w.in + (w.order ? w.order[column] : column));
+                sum[c & 3] += v;
+                at[c * batch + m] = v * by[c & (unit - 1)];
+            }
+            s.sums[size_t(g * batch + m)] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        }
+    }
+}
+
+// The same for bfloat16 kernels: pairs of columns [padded / 2][batch], unscaled. Returns x itself when it has this form already.
+const void* prepare_pairs(const Weight& w, const uint16_t* x, int batch, Scratch& s) {
+    const int unit = unit_columns(w.bits);
+    s.sums.assign(size_t(w.groups * batch), 0.0f);
+    const bool as_is = batch == 1 && w.straight() && w.padded() == w.in;
+    if (!as_is) s.pairs.assign(size_t(w.padded() / 2 * batch), 0);
+    auto* pairs = reinterpret_cast<uint16_t*>(s.pairs.data());
+    for (int64_t g = 0; g < w.groups; ++g) {
+        const int64_t columns = w.columns_of(g), start = g * w.units_of(0) * unit;
+        for (int m = 0; m < batch; ++m) {
+            float sum[4] = {};
+            for (int64_t c = 0; c < columns; ++c) {
+                const int64_t column = g * w.group + c, from = m * w.in + (w.order ? w.order[column] : column);
+                sum[c & 3] += to_float(x, Dtype::bf16, from);
+                if (!as_is) pairs[((start + c) / 2 * batch + m) * 2 + ((start + c) & 1)] = x[from];
+            }
+            s.sums[size_t(g * batch + m)] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        }
+    }
+    return as_is ? static_cast<const void*>(x) : s.pairs.data();
+}
+
+int useful_threads(const Weight& w, int threads) {
+    const int64_t most = w.out * w.in / kWorthAThread;
+    return most < 1 ? 1 : most < threads ? int(most) : threads;
+}
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Addresses of tensors that the Python object keeps alive beside this one.
+class Packed {
+  public:
+    Packed(int bits, int64_t out, int64_t in, int64_t group, nb::tuple addresses, int scale_dtype) {
+        w_ = {pointer<uint32_t>(nb::cast<uintptr_t>(addresses[0])), pointer<void>(nb::cast<uintptr_t>(addresses[1])),
+              pointer<uint8_t>(nb::cast<uintptr_t>(addresses[2])), pointer<int32_t>(nb::cast<uintptr_t>(addresses[3])),
+              static_cast<Dtype>(scale_dtype), bits, out, in, group, (in + group - 1) / group};
+    }
+
+    void pack(uintptr_t codes, int threads) const {
+        auto* packed = const_cast<uint32_t*>(w_.codes);
+        use_huge_pages(packed, w_.blocks() * w_.block_words() * 4);
+        parallel_for(w_.blocks(), 4, useful_threads(w_, threads), [&](int64_t begin, int64_t end) {
+            for (int64_t b = begin; b < end; ++b) pack_block(w_, pointer<uint8_t>(codes), packed, b);
+        });
+    }
+
+    void unpack(uintptr_t codes, int threads) const {
+        parallel_for(w_.blocks(), 4, useful_threads(w_, threads), [&](int64_t begin, int64_t end) {
+            for (int64_t b = begin; b < end; ++b) unpack_block(w_, pointer<uint8_t>(codes), b);
+        });
+    }
+
+    void product(uintptr_t x, uintptr_t y, uintptr_t bias, int batch, int dtype, int threads) const {
+        const Kernels k = choose();
+        const auto type = static_cast<Dtype>(dtype);
+        const bool pairs = type == Dtype::bf16 && k.product_bf16 && w_.bits != 8;
+        Scratch& s = scratch();
+        const int size = type == Dtype::f32 ? 4 : 2;
+        const int64_t blocks = w_.blocks();
+        threads = useful_threads(w_, threads);
+        const int64_t grain = (blocks + threads - 1) / threads;
+        for (int first = 0; first < batch; first += kMaxBatch) {
+            const int n = batch - first < kMaxBatch ? batch - first : kMaxBatch;
+            const void* from = pointer<char>(x) + int64_t(first) * w_.in * size;
+            const void* prepared;
+            if (pairs) {
+                prepared = prepare_pairs(w_, static_cast<const uint16_t*>(from), n, s);
+            } else {
+                prepare(w_, from, type, n, s);
+                prepared = s.x.data();
+            }
+            const Product p{prepared, s.sums.data(), pointer<float>(bias), pointer<char>(y) + int64_t(first) * w_.out * size, type, n};
+            const ProductFn run = pairs ? k.product_bf16 : k.product;
+            parallel_for(blocks, grain, threads, [&](int64_t begin, int64_t end) { run(w_, p, begin, end); });
+        }
+    }
+
+    // Blocks [first, last) as columns of a matrix [in, stride]; dtype f32 or bf16.
+    void dequantize(uintptr_t out, int64_t stride, int64_t first, int64_t last, int dtype, int threads) const {
+        const Kernels k = choose();
+        const Tile t{pointer<void>(out), static_cast<Dtype>(dtype), stride, first, last};
+        const int64_t count = last - first;
+        parallel_for(count, 2, useful_threads(w_, threads),
+                     [&](int64_t begin, int64_t end) { k.dequantize(w_, t, first + begin, first + end); });
+    }
+
+  private:
+    Weight w_;
+};
+
+}  // namespace
+}  // namespace fewbits::qlinear
+
+namespace fewbits {
+
+void bind_qlinear(nb::module_& m) {
+    using qlinear::Packed;
+    m.def("qlinear_isa", [] { return std::string(qlinear::choose().isa); });
+    m.def("qlinear_words", [](int bits, int64_t out, int64_t in, int64_t group) {
+        const qlinear::Weight w{nullptr, nullptr, nullptr, nullptr, qlinear::Dtype::f32, bits, out, in, group, (in + group - 1) / group};
+        return w.blocks() * w.block_words();
+    });
+    nb::class_<Packed>(m, "QLinear")
+        .def(nb::init<int, int64_t, int64_t, int64_t, nb::tuple, int>())
+        .def("pack", &Packed::pack, nb::call_guard<nb::gil_scoped_release>())
+        .def("unpack", &Packed::unpack, nb::call_guard<nb::gil_scoped_release>())
+        .def("product", &Packed::product, nb::call_guard<nb::gil_scoped_release>())
+        .def("dequantize", &Packed::dequantize, nb::call_guard<nb::gil_scoped_release>());
+}
+
+}  // namespace fewbits

@@ -1,0 +1,84 @@
+// Weight-only linear layers on uniform integer grids: what the prepacked weight looks like, and the functions that every
+// instruction set provides for it.
+//
+// Layout. Rows are taken 16 at a time (a *block*); one 32-bit lane belongs to one row, so that no instruction ever moves data
+// between rows. Inside a block the columns run group by group; a group is padded to whole *units*:
+//
+//   bits  columns of a unit  vectors of 16 x uint32   place of column j in its lane
+//    8            4                   1               byte j
+//    4            8                   1               shift 4*(j/2) + 16*(j%2)
+//    2           16                   1               shift 2*(j/2) + 16*(j%2)
+//    3           32                   3               two vectors of 2-bit fields as above (columns 0-15, 16-31), one of top bits
+//
+// Even columns lie in the low half of the lane and odd ones in the high half, because a pair of bfloat16 activations has that
+// order. The top bit of a 3-bit code in 16-bit half h, field shift s of vector v lies at bit 16*h + (s + 2 + v) % 16.
+// Scales (float32, float16 or bfloat16) and zero points (uint8) are stored [block][group][16 rows].
+#pragma once
+
+#include <cstdint>
+
+namespace fewbits::qlinear {
+
+constexpr int kRows = 16;
+constexpr int kMaxBatch = 8;
+
+enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
+
+constexpr int unit_columns(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }
+constexpr int unit_vectors(int bits) { return bits == 3 ? 3 : 1; }
+
+struct Weight {
+    const uint32_t* codes;
+    const void* scale;
+    const uint8_t* zero;
+    const int32_t* order;  // column of x at each packed column when they differ, else null
+    Dtype scale_dtype;
+    int bits;
+    int64_t out, in;
+    int64_t group;   // columns of a full group
+    int64_t groups;  // the last one may be shorter
+
+    int64_t blocks() const { return (out + kRows - 1) / kRows; }
+    int64_t columns_of(int64_t g) const { return g + 1 < groups ? group : in - group * (groups - 1); }
+    int64_t units_of(int64_t g) const { return (columns_of(g) + unit_columns(bits) - 1) / unit_columns(bits); }
+    int64_t units() const { return (groups - 1) * units_of(0) + units_of(groups - 1); }
+    int64_t padded() const { return units() * unit_columns(bits); }
+    int64_t block_words() const { return units() * unit_vectors(bits) * kRows; }
+    // Groups that end in the middle of a unit leave holes between packed columns.
+    bool straight() const { return order == nullptr && (groups == 1 || group % unit_columns(bits) == 0); }
+};
+
+// One call of the fused product for `batch` <= kMaxBatch rows of activations.
+struct Product {
+    const void* x;       // prepared activations, interleaved by batch: float32 [padded][batch] or bfloat16 pairs
+    const float* sums;   // [groups][batch]: sum of x over each group
+    const float* bias;   // [out] or null
+    void* y;             // [batch][out]
+    Dtype y_dtype;
+    int batch;
+};
+
+// Where dequantized columns go: value of (row, column c) at out[column * stride + row - first row].
+struct Tile {
+    void* out;
+    Dtype dtype;  // f32 or bf16
+    int64_t stride;
+    int64_t first, last;  // blocks
+};
+
+using ProductFn = void (*)(const Weight&, const Product&, int64_t first_block, int64_t last_block);
+using DequantizeFn = void (*)(const Weight&, const Tile&, int64_t first_block, int64_t last_block);
+
+struct Kernels {
+    const char* isa;
+    ProductFn product;        // x as float32, prescaled (see prepare in qlinear.cpp)
+    ProductFn product_bf16;   // x as bfloat16 pairs; null where the CPU has no such instruction; bits 2, 3, 4
+    DequantizeFn dequantize;
+};
+
+Kernels portable_kernels();
+Kernels avx2_kernels();
+Kernels avx512_kernels();
+Kernels avx512_bf16_kernels();
+
+}  // namespace fewbits::qlinear

@@ -1,0 +1,10 @@
+#if defined(__x86_64__)
+#define FEWBITS_W 16
+#include "qlinear_kernel.hpp"
+
+namespace fewbits::qlinear {
+
+Kernels avx512_kernels() { return {"avx512", product, nullptr, dequantize}; }
+
+}  // namespace fewbits::qlinear
+#endif

@@ -1,0 +1,286 @@
+// The product and the dequantization, written once in vector extensions of W lanes and compiled once per instruction set:
+// define FEWBITS_W (4: any CPU; 8: AVX2, FMA, F16C; 16: AVX-512) and include. Everything has internal linkage, because the same name compiled for two
+// instruction sets must never be merged by the linker.
+#include <cstring>
+
+#include "qlinear.hpp"
+
+#if FEWBITS_W > 4
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns about its own "undefined" intrinsics
+#endif
+#include <immintrin.h>
+#endif
+
+namespace fewbits::qlinear {
+namespace {
+
+constexpr int W = FEWBITS_W;
+constexpr int H = kRows / W;
+typedef float vf __attribute__((vector_size(W * 4)));
+typedef int32_t vi __attribute__((vector_size(W * 4)));
+typedef uint32_t vu __attribute__((vector_size(W * 4)));
+typedef uint16_t vh __attribute__((vector_size(W * 2)));
+typedef uint8_t vb __attribute__((vector_size(W)));
+
+#define FEWBITS_INLINE inline __attribute__((always_inline))
+
+template <class V>
+FEWBITS_INLINE V load(const void* p) {
+    V v;
+    memcpy(&v, p, sizeof(V));
+    return v;
+}
+
+template <class V>
+FEWBITS_INLINE void store(void* p, V v) {
+    memcpy(p, &v, sizeof(V));
+}
+
+FEWBITS_INLINE vf fma(vf a, vf b, vf c) {
+#if FEWBITS_W == 16
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif FEWBITS_W == 8
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+FEWBITS_INLINE float half_to_float(uint16_t h) {
+    uint32_t bits = uint32_t(h & 0x7fff) << 13;
+    float f;
+    memcpy(&f, &bits, 4);
+    f *= 0x1p112f;  // rebiases the exponent; subnormals come out right
+    memcpy(&bits, &f, 4);
+    if ((h & 0x7c00) == 0x7c00) bits |= 0x7f800000u;
+    bits |= uint32_t(h & 0x8000) << 16;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+FEWBITS_INLINE uint16_t float_to_half(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    const uint32_t sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
+    if (a > 0x7f800000) return uint16_t(sign | 0x7e00);
+    if (a >= 0x477ff000) return uint16_t(sign | 0x7c00);
+    if (a < 0x38800000) {  // subnormal: adding 0.5 leaves the rounded significand in the low bits
+        float t;
+        memcpy(&t, &a, 4);
+        t += 0.5f;
+        uint32_t r;
+        memcpy(&r, &t, 4);
+        return uint16_t(sign | (r - 0x3f000000));
+    }
+    return uint16_t(sign | ((a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13));
+}
+
+FEWBITS_INLINE uint16_t float_to_bf16(float f) {
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    if ((u & 0x7fffffff) > 0x7f800000) return uint16_t((u >> 16) | 0x40);
+    return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+FEWBITS_INLINE vf load_halves(const uint16_t* p) {
+#if FEWBITS_W == 16
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif FEWBITS_W == 8
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    vf v;
+    for (int i = 0; i < W; i++) v[i] = half_to_float(p[i]);
+    return v;
+#endif
+}
+
+// Scales of W rows, from element `at` on.
+FEWBITS_INLINE vf load_scale(const Weight& w, int64_t at) {
+    if (w.scale_dtype == Dtype::f16) return load_halves((const uint16_t*)w.scale + at);
+    if (w.scale_dtype == Dtype::f32) return load<vf>((const float*)w.scale + at);
+    return (vf)(__builtin_convertvector(load<vh>((const uint16_t*)w.scale + at), vu) << 16);
+}
+
+FEWBITS_INLINE vf load_zero(const Weight& w, int64_t at) {
+    return __builtin_convertvector(__builtin_convertvector(load<vb>(w.zero + at), vi), vf);
+}
+
+// Code of column j times 2**shift_of(j), as a non-negative integer. v points at the unit's first vector.
+template <int BITS>
+FEWBITS_INLINE vf field(const uint32_t* v, int j) {
+    if constexpr (BITS == 8) {
+        const vu a = load<vu>(v);
+        return j == 3 ? __builtin_convertvector((vi)(a >> 24), vf) : __builtin_convertvector((vi)(a & (0xffu << (8 * j))), vf);
+    } else if constexpr (BITS == 4) {
+        const vu a = load<vu>(v);
+        const int s = 4 * (j / 2) + 16 * (j % 2);
+        return s == 28 ? __builtin_convertvector((vi)(a >> 28), vf) : __builtin_convertvector((vi)(a & (15u << s)), vf);
+    } else if constexpr (BITS == 2) {
+        const vu a = load<vu>(v);
+        const int s = 2 * (j / 2) + 16 * (j % 2);
+        return s == 30 ? __builtin_convertvector((vi)(a >> 30), vf) : __builtin_convertvector((vi)(a & (3u << s)), vf);
+    } else {
+        const vu a = load<vu>(v + (j / 16) * kRows), b = load<vu>(v + 2 * kRows);
+        const int h = j % 2, k = (j % 16) / 2, s = 2 * k + 16 * h, bit = 16 * h + (2 * k + 2 + j / 16) % 16;
+        const int to = s == 30 ? 2 : s + 2;
+        const vu top = (to >= bit ? b << (to - bit) : b >> (bit - to)) & (1u << to);
+        return __builtin_convertvector((vi)((s == 30 ? a >> 30 : a & (3u << s)) | top), vf);
+    }
+}
+
+// Units of one group against M rows of activations, added to acc.
+template <int BITS, int M>
+FEWBITS_INLINE void dot(const uint32_t* codes, const float* x, int64_t units, vf* acc) {
+    constexpr int U = unit_columns(BITS), N = M == 1 ? 4 : M <= 3 ? 2 : 1;  // N independent sums hide the latency
+    vf part[N][M] = {};
+    for (int64_t u = 0; u < units; u++) {
+        __builtin_prefetch(codes + 1024);
+#pragma GCC unroll 32
+        for (int j = 0; j < U; j++) {
+            const vf q = field<BITS>(codes, j);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) part[j % N][m] = fma(q, vf{} + x[j * M + m], part[j % N][m]);
+        }
+        codes += unit_vectors(BITS) * kRows;
+        x += U * M;
+    }
+    for (int m = 0; m < M; m++) {
+        acc[m] = part[0][m];
+        for (int n = 1; n < N; n++) acc[m] += part[n][m];
+    }
+}
+
+FEWBITS_INLINE void emit(const Weight& w, const Product& p, int64_t block, int m, const float* sums) {
+    const int64_t row = block * kRows, n = w.out - row < kRows ? w.out - row : kRows;
+    for (int64_t i = 0; i < n; i++) {
+        const float v = sums[i] + (p.bias ? p.bias[row + i] : 0.0f);
+        const int64_t at = m * w.out + row + i;
+        if (p.y_dtype == Dtype::f32) ((float*)p.y)[at] = v;
+        else if (p.y_dtype == Dtype::bf16) ((uint16_t*)p.y)[at] = float_to_bf16(v);
+        else ((uint16_t*)p.y)[at] = float_to_half(v);
+    }
+}
+
+template <int BITS, int M>
+void product_blocks(const Weight& w, const Product& p, int64_t first, int64_t last) {
+    const int64_t unit_words = unit_vectors(BITS) * kRows, full = w.units_of(0);
+    for (int64_t b = first; b < last; b++) {
+        const uint32_t* codes = w.codes + b * w.block_words();
+        const float* x = (const float*)p.x;
+        vf total[H][M] = {};
+        for (int64_t g = 0; g < w.groups; g++) {
+            const int64_t units = g + 1 < w.groups ? full : w.units_of(g), at = (b * w.groups + g) * kRows;
+            for (int h = 0; h < H; h++) {
+                vf acc[M];
+                dot<BITS, M>(codes + h * W, x, units, acc);
+                const vf s = load_scale(w, at + h * W), z = load_zero(w, at + h * W);
+                for (int m = 0; m < M; m++) total[h][m] = fma(s, acc[m] - z * p.sums[g * M + m], total[h][m]);
+            }
+            codes += units * unit_words;
+            x += units * unit_columns(BITS) * M;
+        }
+        for (int m = 0; m < M; m++) {
+            float sums[kRows];
+            for (int h = 0; h < H; h++) store(sums + h * W, total[h][m]);
+            emit(w, p, b, m, sums);
+        }
+    }
+}
+
+template <int BITS>
+void product_bits(const Weight& w, const Product& p, int64_t first, int64_t last) {
+    static constexpr ProductFn by_batch[] = {product_blocks<BITS, 1>, product_blocks<BITS, 2>, product_blocks<BITS, 3>,
+                                             product_blocks<BITS, 4>, product_blocks<BITS, 5>, product_blocks<BITS, 6>,
+                                             product_blocks<BITS, 7>, product_blocks<BITS, 8>};
+    by_batch[p.batch - 1](w, p, first, last);
+}
+
+[[maybe_unused]] void product(const Weight& w, const Product& p, int64_t first, int64_t last) {
+    if (w.bits == 4) product_bits<4>(w, p, first, last);
+    else if (w.bits == 8) product_bits<8>(w, p, first, last);
+    else if (w.bits == 2) product_bits<2>(w, p, first, last);
+    else product_bits<3>(w, p, first, last);
+}
+
+template <int BITS>
+constexpr float unscale(int j) {
+    const int step = BITS == 8 ? 8 * j : (BITS == 3 ? 2 : BITS) * ((j % (BITS == 3 ? 16 : 32)) / 2) + 16 * (j % 2);
+    const int top = BITS == 8 ? 24 : BITS == 4 ? 28 : 30;
+    float f = 1.0f;
+    for (int i = 0; step != top && i < step; i++) f *= 0.5f;
+    return f;
+}
+
+// Values of one column in P blocks, 16 rows each, to consecutive places.
+template <int P, class T>
+FEWBITS_INLINE void put(T* out, const vf* v) {
+#if defined(__AVX512BF16__)
+    if constexpr (P == 2 && sizeof(T) == 2) {
+        const __m512bh both = _mm512_cvtne2ps_pbh((__m512)v[1], (__m512)v[0]);
+        memcpy(out, &both, 64);
+        return;
+    }
+#endif
+    for (int i = 0; i < P * H; i++) {
+        if constexpr (sizeof(T) == 4) {
+            store(out + i * W, v[i]);
+        } else {
+            const vu u = (vu)v[i];
+            store(out + i * W, __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, vh));
+        }
+    }
+}
+
+template <int BITS, int P, class T>
+FEWBITS_INLINE void dequantize_blocks(const Weight& w, T* out, int64_t stride, int64_t block) {
+    constexpr int U = unit_columns(BITS);
+    const int64_t unit_words = unit_vectors(BITS) * kRows, block_words = w.block_words();
+    const uint32_t* codes = w.codes + block * block_words;
+    for (int64_t g = 0; g < w.groups; g++) {
+        const int64_t columns = w.columns_of(g);
+        vf s[P * H], z[P * H];
+        for (int i = 0; i < P * H; i++) {
+            const int64_t at = ((block + i / H) * w.groups + g) * kRows + (i % H) * W;
+            s[i] = load_scale(w, at);
+            z[i] = vf{} - load_zero(w, at);
+        }
+        for (int64_t c = 0; c < columns; c += U, codes += unit_words) {
+            const int64_t count = columns - c < U ? columns - c : U, column = g * w.group + c;
+#pragma GCC unroll 32
+            for (int j = 0; j < U; j++) {
+                if (j >= count) break;
+                vf v[P * H];
+                for (int i = 0; i < P * H; i++) {
+                    // The code and its difference from the zero point are integers: exact, with or without contraction.
+                    v[i] = fma(field<BITS>(codes + (i / H) * block_words + (i % H) * W, j), vf{} + unscale<BITS>(j), z[i]) * s[i];
+                }
+                put<P>(out + (w.order ? w.order[column + j] : column + j) * stride, v);
+            }
+        }
+    }
+}
+
+// Two blocks at a time, so that a cache line of bfloat16 is written once.
+template <int BITS, class T>
+void dequantize_bits(const Weight& w, const Tile& t, int64_t first, int64_t last) {
+    T* out = (T*)t.out + (first - t.first) * kRows;
+    for (; first + 2 <= last; first += 2, out += 2 * kRows) dequantize_blocks<BITS, 2>(w, out, t.stride, first);
+    if (first < last) dequantize_blocks<BITS, 1>(w, out, t.stride, first);
+}
+
+template <class T>
+void dequantize_to(const Weight& w, const Tile& t, int64_t first, int64_t last) {
+    if (w.bits == 4) dequantize_bits<4, T>(w, t, first, last);
+    else if (w.bits == 8) dequantize_bits<8, T>(w, t, first, last);
+    else if (w.bits == 2) dequantize_bits<2, T>(w, t, first, last);
+    else dequantize_bits<3, T>(w, t, first, last);
+}
+
+[[maybe_unused]] void dequantize(const Weight& w, const Tile& t, int64_t first, int64_t last) {
+    if (t.dtype == Dtype::f32) dequantize_to<float>(w, t, first, last);
+    else dequantize_to<uint16_t>(w, t, first, last);
+}
+
+}  // namespace
+}  // namespace fewbits::qlinear

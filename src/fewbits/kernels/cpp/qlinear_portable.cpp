@@ -1,0 +1,8 @@
+#define FEWBITS_W 4
+#include "qlinear_kernel.hpp"
+
+namespace fewbits::qlinear {
+
+Kernels portable_kernels() { return {"portable", product, nullptr, dequantize}; }
+
+}  // namespace fewbits::qlinear

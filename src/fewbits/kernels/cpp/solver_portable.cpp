@@ -1,0 +1,10 @@
+#include "solver_kernels.hpp"
+
+namespace fewbits {
+
+const SolverKernels &solver_portable() {
+    static const SolverKernels kernels = {fit, sweep};
+    return kernels;
+}
+
+}  // namespace fewbits

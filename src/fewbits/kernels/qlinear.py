@@ -1,0 +1,224 @@
+"""Weight-only linear layers on uniform integer grids: pack once, then ``y = x @ (scale * (code - zero)).T + bias``.
+
+Activations stay in their dtype and sums are float32, so the result is that of the dense weight up to rounding. Few rows
+of ``x`` (decoding) are multiplied by the packed codes directly, which costs one pass over the packed bytes; many rows
+(a prompt) by tiles of dequantized columns, through torch's own matrix product.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fewbits.errors import RequestError
+from fewbits.kernels import _table
+
+_C: Any = _table.C
+ROWS = 16
+_local = threading.local()
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FUSED_ROWS = 16
+"""Most rows of ``x`` for which the fused product beats dequantizing."""
+TILE_BLOCKS = 32
+"""Blocks that are dequantized at a time: 4 MB of bfloat16 for 4096 columns, which stays in the cache."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight ``[out, in]`` in the kernels' order: rows in blocks of 16, one 32-bit lane for each row.
+
+    ``codes`` int32 ``[words]``, ``scale`` float32|float16|bfloat16 and ``zero`` uint8 ``[blocks, groups, 16]``;
+    ``order`` int32 ``[in]``, the column of the weight at each packed column, or None when they are the same.
+    """
+
+    bits: int
+    shape: tuple[int, int]
+    group: int
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    order: Tensor | None
+    handle: Any = field(repr=False, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.scale, self.zero))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.bits, self.shape, self.group, self.codes, self.scale, self.zero, self.order)
+
+
+def available() -> bool:
+    """Whether the C++ kernels are built and not switched off by ``FEWBITS_KERNELS=reference``."""
+    return _C is not None and hasattr(_C, "QLinear")
+
+
+_table.register(
+    "qlinear",
+    "(x f32|f16|bf16[.., in], packed codes 2|3|4|8 bits[out, in], scale, zero, bias f32[out]?) -> [.., out]",
+    lambda level: f"{_C.qlinear_isa()} product for up to {FUSED_ROWS} rows, dequantized tiles above",
+)
+
+
+def isa() -> str:
+    """The instruction set that the products use on this machine."""
+    return _C.qlinear_isa() if available() else "reference"
+
+
+def column_order(g_idx: Tensor, group: int) -> Tensor | None:
+    """int32 ``[in]`` that makes scattered groups consecutive; None when they are so already.
+
+    Raises RequestError when the groups, once sorted, are not all full but the last.
+    """
+    order = torch.argsort(g_idx.long(), stable=True)
+    expected = torch.arange(len(g_idx), device=g_idx.device) // group
+    if not torch.equal(g_idx.long()[order], expected):
+        raise RequestError(
+            f"g_idx does not give every group {group} columns (the last may have fewer); use the dense weight"
+        )
+    in_order = torch.equal(order, torch.arange(len(g_idx), device=g_idx.device))
+    return None if in_order else order.to(torch.int32)
+
+
+def pack_weight(
+    codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, g_idx: Tensor | None = None
+) -> PackedWeight:
+    """Pack ``codes`` uint8 ``[out, in]`` with ``scale`` and ``zero`` ``[out, groups]`` (0..255) for the CPU kernels.
+
+    ``group`` -1 means the whole row; the last group may be short; ``g_idx`` int ``[in]`` when groups are not
+    consecutive. 5, 6 and 7 bits are kept in 8. Raises RequestError on wrong shapes, and without the C++ kernels.
+    """
+    if not available():
+        raise RequestError(
+            "the C++ kernels are not available; build them with `pip install .`, or use the dense weight"
+        )
+    out, columns = codes.shape
+    group = columns if group == -1 else min(group, columns)
+    groups = -(-columns // group)
+    if not 2 <= bits <= 8:
+        raise RequestError(f"bits {bits} cannot be packed; allowed: 2 to 8")
+    for name, p in (("scale", scale), ("zero", zero)):
+        if tuple(p.shape) != (out, groups):
+            raise RequestError(
+                f"{name} has shape {tuple(p.shape)}; {out} rows of {columns} columns by {group} need {(out, groups)}"
+            )
+    if scale.dtype not in DTYPES:
+        raise RequestError(f"scales of {scale.dtype} cannot be packed; allowed: float32, float16, bfloat16")
+    stored = bits if bits in (2, 3, 4, 8) else 8
+    order = None if g_idx is None else column_order(g_idx.cpu(), group)
+    packed = torch.empty(_C.qlinear_words(stored, out, columns, group), dtype=torch.int32)
+    weight = _rebuild(stored, (out, columns), group, packed, _by_block(scale), _by_block(zero.to(torch.uint8)), order)
+    codes = codes.to("cpu", torch.uint8).contiguous()
+    weight.handle.pack(codes.data_ptr(), torch.get_num_threads())
+    return weight
+
+
+def unpack_codes(p: PackedWeight) -> Tensor:
+    """The codes, uint8 ``[out, in]``, in the weight's own column order."""
+    codes = torch.empty(p.shape, dtype=torch.uint8)
+    p.handle.unpack(codes.data_ptr(), torch.get_num_threads())
+    return codes
+
+
+def unpack_weight(p: PackedWeight) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """What :func:`pack_weight` was given: codes, scale and zero ``[out, groups]``, and g_idx int32 ``[in]`` or None."""
+    scale, zero = (t.transpose(1, 2).reshape(-1, t.shape[1])[: p.shape[0]].contiguous() for t in (p.scale, p.zero))
+    if p.order is None:
+        return unpack_codes(p), scale, zero, None
+    g_idx = torch.empty_like(p.order)
+    g_idx[p.order.long()] = torch.arange(p.shape[1], dtype=torch.int32) // p.group
+    return unpack_codes(p), scale, zero, g_idx
+
+
+def dequantize(p: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """``scale * (code - zero)``, ``[out, in]`` (a transposed view), in float32 and rounded once to ``dtype``."""
+    out, columns = p.shape
+    wide = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    blocks = -(-out // ROWS)
+    buffer = torch.empty(columns, blocks * ROWS, dtype=wide)
+    p.handle.dequantize(buffer.data_ptr(), blocks * ROWS, 0, blocks, DTYPES[wide], torch.get_num_threads())
+    return buffer[:, :out].t().to(dtype)
+
+
+def matmul(x: Tensor, p: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """``x @ W.T + bias`` in x's dtype: x float32|bfloat16|float16 ``[..., in]`` on CPU, bias float32 ``[out]``."""
+    out, columns = p.shape
+    if x.shape[-1] != columns:
+        raise RequestError(f"the input has {x.shape[-1]} columns; this weight takes {columns}")
+    if not x.is_contiguous():
+        x = x.contiguous()
+    rows = x.numel() // columns
+    if rows > FUSED_ROWS:
+        return _by_tiles(x.view(rows, columns), p, bias).view(*x.shape[:-1], out)
+    y = x.new_empty(*x.shape[:-1], out)
+    p.handle.product(
+        x.data_ptr(),
+        y.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        rows,
+        DTYPES[x.dtype],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def reference_dense(codes: Tensor, scale: Tensor, zero: Tensor, group: int, g_idx: Tensor | None = None) -> Tensor:
+    """The weight that :func:`pack_weight`'s arguments stand for, float32 ``[out, in]``: the specification."""
+    columns = codes.shape[1]
+    index = g_idx.long() if g_idx is not None else torch.arange(columns) // (columns if group == -1 else group)
+    return (codes.float() - zero.float()[:, index]) * scale.float()[:, index]
+
+
+def reference_matmul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ w.T + bias`` in float32 (``w`` float32), rounded once to x's dtype: the specification of :func:`matmul`."""
+    return F.linear(x.float(), w, bias).to(x.dtype)
+
+
+def _by_tiles(x: Tensor, p: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Many rows: dequantize 16-row blocks into ``[in, tile]`` and multiply. Tile widths do not depend on threads."""
+    wide = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+    inputs, (out, columns) = x.to(wide), p.shape
+    blocks = -(-out // ROWS)
+    stride = min(TILE_BLOCKS, blocks) * ROWS + 2 * ROWS  # not a power of two: columns would share cache sets
+    tile = _scratch(columns * stride, wide)
+    y = x.new_empty(x.shape[0], out, dtype=wide)
+    offset = None if bias is None else bias.to(wide)
+    for first in range(0, blocks, TILE_BLOCKS):
+        last = min(first + TILE_BLOCKS, blocks)
+        begin, end = first * ROWS, min(last * ROWS, out)
+        p.handle.dequantize(tile.data_ptr(), stride, first, last, DTYPES[wide], torch.get_num_threads())
+        w = tile.view(columns, stride)[:, : end - begin]
+        if offset is None:
+            torch.mm(inputs, w, out=y[:, begin:end])
+        else:
+            torch.addmm(offset[begin:end], inputs, w, out=y[:, begin:end])
+    return y.to(x.dtype)
+
+
+def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory of this thread for ``count`` values; new pages on every call would cost more than the dequantizing."""
+    held: Tensor | None = getattr(_local, "tile", None)
+    if held is None or held.numel() < count * dtype.itemsize:
+        held = _local.tile = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+    return held[: count * dtype.itemsize].view(dtype)
+
+
+def _by_block(p: Tensor) -> Tensor:
+    """``[out, groups]`` to ``[blocks, groups, 16]``; rows that fill the last block get zeros."""
+    out, groups = p.shape
+    padded = F.pad(p.cpu(), (0, 0, 0, -out % ROWS))
+    return padded.view(-1, ROWS, groups).transpose(1, 2).contiguous()
+
+
+def _rebuild(
+    bits: int, shape: tuple[int, int], group: int, codes: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None
+) -> PackedWeight:
+    addresses = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr(), 0 if order is None else order.data_ptr())
+    handle = _C.QLinear(bits, *shape, group, addresses, DTYPES[scale.dtype])
+    return PackedWeight(bits, shape, group, codes, scale, zero, order, handle)

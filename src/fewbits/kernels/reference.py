@@ -1,0 +1,80 @@
+"""Plain torch: the specification of every op, on any device. Letters as in the schemas of ``kernels/__init__.py``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Scales never round to zero: halves keep their subnormals, the wide formats stop at the smallest normal number, whose
+# reciprocal is finite.
+SMALLEST = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
+
+
+def gram_(G: Tensor, x: Tensor) -> None:
+    """``G += x^T x``, summed in float32, exactly symmetric."""
+    x = x.float()
+    update = x.T @ x
+    G += update.triu() + update.triu(1).T
+
+
+def store_scale(s: Tensor, dtype: torch.dtype) -> Tensor:
+    """``s`` rounded to ``dtype``, ties to even, kept finite and positive; float32."""
+    return s.to(dtype).float().clamp(SMALLEST[dtype], torch.finfo(dtype).max)
+
+
+def fit_affine(
+    w: Tensor,
+    group: int,
+    qmax: int,
+    symmetric: bool,
+    ratios: Tensor,
+    importance: Tensor | None,
+    scale_dtype: torch.dtype,
+    norm: float = 2.0,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fewbits.kernels.fit_affine`; the arithmetic of scale and zero is exact to the last bit."""
+    rows, columns = w.shape
+    groups = -(-columns // group)
+    # Zeros change neither lo nor hi, and with weight 0 no error.
+    padded = torch.nn.functional.pad(w, (0, groups * group - columns)).view(rows, groups, group)
+    weight = torch.ones(columns, device=w.device) if importance is None else importance.float()
+    weight = torch.nn.functional.pad(weight, (0, groups * group - columns)).view(groups, group)
+    lo, hi = padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
+    best = torch.full_like(lo, float("inf"))
+    best_scale, best_zero = _candidate(lo, hi, ratios[0], qmax, symmetric, scale_dtype)
+    for ratio in ratios.to(w.device, torch.float32):
+        scale, zero = _candidate(lo, hi, ratio, qmax, symmetric, scale_dtype)
+        s, z = scale[..., None], zero[..., None]
+        code = (torch.round(padded / s) + z).clamp(0, qmax)
+        error = ((padded - s * (code - z)).abs().pow(norm) * weight).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    empty = (lo == 0) & (hi == 0)
+    return torch.where(empty, 1.0, best_scale), best_zero
+
+
+def _candidate(
+    lo: Tensor, hi: Tensor, ratio: Tensor, qmax: int, symmetric: bool, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    if symmetric:
+        most = torch.maximum(-lo, hi)
+        scale = store_scale(2 * most * ratio[1] / qmax, scale_dtype)
+        return scale, torch.full_like(scale, (qmax + 1) / 2)
+    low, high = lo * ratio[0], hi * ratio[1]
+    scale = store_scale((high - low) / qmax, scale_dtype)
+    return scale, torch.round(-low / scale).clamp(0, qmax)
+
+
+def sweep_block_(
+    w: Tensor, u: Tensor, scale: Tensor, zero: Tensor, segment: Tensor, qmax: int
+) -> tuple[Tensor, Tensor]:
+    """See :func:`fewbits.kernels.sweep_block_`; every operation is rounded by itself (no fused multiply-add)."""
+    codes, err = torch.empty(w.shape, dtype=torch.uint8, device=w.device), torch.empty_like(w)
+    for j, g in enumerate(segment.tolist()):
+        s, z = scale[:, g], zero[:, g]
+        code = (torch.round(w[:, j] / s) + z).clamp(0, qmax)
+        e = (w[:, j] - s * (code - z)) / u[j, j]
+        w[:, j + 1 :] -= e[:, None] * u[j, j + 1 :]
+        codes[:, j], err[:, j] = code.to(torch.uint8), e
+    return codes, err

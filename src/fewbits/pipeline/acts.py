@@ -1,0 +1,53 @@
+"""The activation store: hidden states of the calibration rows between two blocks, in memory or in a mapped file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+TOKENS_PER_BATCH = 4096
+
+
+class Acts:
+    """Hidden states float32 ``[rows, tokens, width]``, read and replaced one batch at a time.
+
+    A batch is about 4096 tokens whatever the machine, so that the order of every sum, hence every byte of the result,
+    depends on the plan alone. Above ``budget`` bytes the store is a file in ``folder`` that the system pages in and
+    out.
+    """
+
+    def __init__(self, rows: int, tokens: int, width: int, budget: int | None = None, folder: Path | None = None):
+        self.rows, self.tokens, self.width = rows, tokens, width
+        self.per_batch = max(1, TOKENS_PER_BATCH // tokens)
+        self.spilled = budget is not None and folder is not None and self.nbytes > budget
+        if self.spilled and folder is not None:
+            n = rows * tokens * width
+            store = torch.from_file(str(folder / "acts.bin"), shared=True, size=n, dtype=torch.float32)
+            self._store = store.view(rows, tokens, width)
+        else:
+            self._store = torch.empty(rows, tokens, width)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the store."""
+        return self.rows * self.tokens * self.width * 4
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-self.rows // self.per_batch)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        """A view of one batch ``[rows in batch, tokens, width]``."""
+        if not 0 <= batch < len(self):
+            raise IndexError(batch)
+        return self._store[batch * self.per_batch : (batch + 1) * self.per_batch]
+
+    def __setitem__(self, batch: int, hidden: Tensor) -> None:
+        self[batch].copy_(hidden)
+
+    def batches(self, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """``ids [rows, tokens]`` cut as the store is."""
+        yield from enumerate(ids.split(self.per_batch))

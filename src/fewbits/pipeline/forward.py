@@ -1,0 +1,117 @@
+"""Forward passes that wait at a layer until it is solved.
+
+Calibrating a block truly sequentially (each layer sees inputs computed by the already quantized ones) seems to need
+one pass per stage. It does not: each batch's forward pass runs in a greenlet of its own; before a layer that is not
+yet solved it hands over its input and sleeps. When every batch has arrived, the layer is solved, its weight replaced,
+and all go on. Every linear layer runs once, with its quantized weight. The price is that the activations of all
+batches inside one block stay in memory; where they do not fit, ``waiting=False`` runs the block again for each stage
+instead, with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from greenlet import GreenletExit, greenlet
+from torch import Tensor, nn
+
+Forward = Callable[[], Tensor]
+Observe = Callable[[int, Tensor], None]
+Solve = Callable[[int], None]
+
+
+class Turnstile:
+    """Hooks that stop a forward pass before the first layer of each stage that is still closed."""
+
+    def __init__(self, block: nn.Module, stages: Sequence[Sequence[str]]):
+        self.block, self.stages = block, stages
+        self.open: set[int] = set()
+        self.seen: dict[greenlet, set[int]] = {}
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Installs the hooks for the duration."""
+        handles = [
+            self.block.get_submodule(name).register_forward_pre_hook(self._hook(i))
+            for i, stage in enumerate(self.stages)
+            for name in stage
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, stage: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            me = greenlet.getcurrent()
+            if stage not in self.open and stage not in self.seen.setdefault(me, set()):
+                self.seen[me].add(stage)
+                me.parent.switch(stage, inputs[0])
+
+        return stop
+
+
+def run(
+    block: nn.Module,
+    stages: Sequence[Sequence[str]],
+    forwards: Sequence[Forward],
+    observe: Observe,
+    solve: Solve,
+    waiting: bool = True,
+) -> Iterator[tuple[int, Tensor]]:
+    """Run ``forwards`` (one per batch) through ``block``; yields ``(batch, output)``.
+
+    ``observe(stage, x)`` gets the input of each stage for each batch, in batch order; ``solve(stage)`` is called once
+    per stage, in order, when every batch that reaches it has been observed, and must leave the weights to go on with.
+    """
+    turnstile = Turnstile(block, stages)
+    with turnstile.hooked():
+        if waiting:
+            yield from _wait(turnstile, forwards, observe, solve)
+        else:
+            yield from _repeat(turnstile, forwards, observe, solve)
+
+
+def _wait(gate: Turnstile, forwards: Sequence[Forward], observe: Observe, solve: Solve) -> Iterator[tuple[int, Tensor]]:
+    runs = {b: greenlet(f) for b, f in enumerate(forwards)}
+    at: dict[int, int] = {}
+    ready = list(runs)
+    try:
+        for stage in range(len(gate.stages) + 1):
+            for b in ready:
+                result = runs[b].switch()
+                if runs[b].dead:
+                    yield b, result
+                else:
+                    at[b] = result[0]
+                    observe(*result)
+            if stage < len(gate.stages):
+                solve(stage)
+                gate.open.add(stage)
+            ready = [b for b, s in sorted(at.items()) if s == stage]
+            for b in ready:
+                del at[b]
+    finally:
+        for g in runs.values():
+            if not g.dead:
+                g.throw(GreenletExit)
+
+
+def _repeat(
+    gate: Turnstile, forwards: Sequence[Forward], observe: Observe, solve: Solve
+) -> Iterator[tuple[int, Tensor]]:
+    for stage in range(len(gate.stages)):
+        for forward in forwards:
+            g = greenlet(forward)
+            result = g.switch()
+            while not g.dead and result[0] != stage:
+                result = g.switch()
+            if not g.dead:
+                observe(*result)
+                g.throw(GreenletExit)
+        solve(stage)
+        gate.open.add(stage)
+    for b, forward in enumerate(forwards):
+        yield b, forward()

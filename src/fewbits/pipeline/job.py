@@ -1,0 +1,274 @@
+"""One run from a source to a finished checkpoint: check everything first, walk the blocks, publish by one rename."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits import formats, storage
+from fewbits.errors import FewbitsError, RequestError
+from fewbits.formats import Entry, Layout
+from fewbits.model import Source
+from fewbits.pipeline.acts import Acts
+from fewbits.pipeline.card import card
+from fewbits.pipeline.probe import Probe
+from fewbits.pipeline.walk import DTYPES, Event, Walk, entries_of
+from fewbits.pipeline.work import WorkDir
+from fewbits.plan import Plan, Recipe
+
+Emit = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run produced. ``kl`` is the probe's mean KL divergence, None when nothing was calibrated."""
+
+    out: str
+    method: str
+    format: str
+    bits_per_weight: float
+    size_bytes: int
+    seconds: float
+    peak_rss_bytes: int
+    tensors: int
+    kl: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of ``fewbits quantize --json``."""
+        return asdict(self)
+
+
+@dataclass
+class Job:
+    """A checked request: source, plan and layout fit each other. ``rows`` int64 ``[samples, tokens]`` when calibrated.
+
+    ``held_out`` are rows of the same text that the walk does not learn from.
+    """
+
+    source: Source
+    plan: Plan
+    recipes: Mapping[str, Recipe | None]
+    layout: Layout
+    rows: Tensor | None
+    held_out: Tensor | None
+    max_memory: int | None = None
+    emit: Emit = lambda event: None
+
+    @classmethod
+    def check(cls, source: Source, plan: Plan, **rest: Any) -> Job:
+        """Raises Refused or RequestError before any work when the plan cannot be carried out or stored."""
+        names = [e.name for e in entries_of(source)]
+        recipes = plan.assign(names)
+        layout = formats.writer(plan.format, entries_of(source, recipes))
+        return cls(source, plan, recipes, layout, **rest)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Every linear weight with its grid."""
+        return entries_of(self.source, self.recipes)
+
+    def run(self, out: Path, resume: bool = False, overwrite: bool = False) -> Result:
+        """Carry out the plan. Whatever goes wrong, nothing is left under ``out``; only an interruption can be
+        resumed.
+        """
+        started = time.perf_counter()
+        work = WorkDir(out, resume, overwrite)
+        self._room(out.parent)
+        work.start(self._identity(), self.plan.to_yaml())
+        with _cleaned(work):
+            kl = self._blocks(work)
+            parts = self._outside(work)
+            bpw = self._bits_per_weight()
+            events = work.events([f"block-{i:05d}" for i in range(self.source.n_blocks)])
+            files = self._files(bpw, kl, events)
+            size = work.publish(parts, files, self.source.copy_files())
+        quantized = sum(r is not None for r in self.recipes.values())
+        seconds = time.perf_counter() - started
+        result = Result(
+            str(out),
+            self.plan.method,
+            self.plan.format,
+            bpw,
+            size,
+            seconds,
+            peak_rss(),
+            quantized,
+            kl["kl_mean"] if kl else None,
+        )
+        self.emit({"event": "done"} | result.to_json())
+        return result
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _blocks(self, work: WorkDir) -> dict[str, float] | None:
+        n = self.source.n_blocks
+        self.emit({"event": "start", "blocks": n, "tensors": sum(r is not None for r in self.recipes.values())})
+        for warning in formats.warnings(self.plan.format, self.entries):
+            self.emit({"event": "note", "message": warning})
+        acts, waiting = self._acts(work)
+        walk = Walk(self.source, self.plan, self.recipes, self.layout, waiting)
+        probe = Probe.start(walk, self.held_out) if self.held_out is not None and acts is not None else None
+        for i in range(n):
+            began = time.perf_counter()
+            name = f"block-{i:05d}"
+            if work.done(name):
+                self._replay(walk, i, acts, probe, work.part(name))
+                self.emit({"event": "block", "block": i, "blocks": n, "seconds": 0.0, "resumed": True})
+                continue
+            if probe:
+                probe.original(i)
+            block = walk.quantize(i, acts)
+            work.write(name, block.tensors, block.events)
+            if probe:
+                probe.quantized(i, block.tensors)
+            for event in block.events:
+                self.emit(event)
+                if "fallback" in event:
+                    self.emit({"event": "note", "message": f"{event['name']}: {event['fallback']}"})
+            error = sum(e["error"] for e in block.events) / max(1, len(block.events))
+            seconds = time.perf_counter() - began
+            self.emit({"event": "block", "block": i, "blocks": n, "seconds": seconds, "error": error})
+        return probe.finish() if probe else None
+
+    def _replay(self, walk: Walk, i: int, acts: Acts | None, probe: Probe | None, part: Path) -> None:
+        if acts is None:
+            return
+        stored = storage.Checkpoint.open(part)
+        tensors = {k: stored.tensor(k) for k in stored.names()}
+        if probe:
+            probe.original(i)
+        walk.replay(i, acts, tensors)
+        if probe:
+            probe.quantized(i, tensors)
+
+    def _acts(self, work: WorkDir) -> tuple[Acts | None, bool]:
+        """The activation store, and whether all batches may wait inside a block at once."""
+        if self.rows is None:
+            return None, True
+        rows, tokens = self.rows.shape
+        width = int(self.source.text_config.hidden_size)
+        budget = None if self.max_memory is None else self.max_memory // 4
+        acts = Acts(rows, tokens, width, budget, work.path)
+        for b, ids in acts.batches(self.rows):
+            acts[b] = self.source.embed(ids)
+        widest = max(e.shape[1] for e in self.entries)
+        inside = rows * tokens * (2 * width + widest) * 4
+        waiting = self.max_memory is None or inside <= self.max_memory // 2
+        if acts.spilled:
+            self.emit({"event": "note", "message": f"activations ({acts.nbytes / 2**30:.1f} GiB) are kept on disk"})
+        if not waiting:
+            self.emit(
+                {"event": "note", "message": "memory is short: each block runs once per stage (slower, same result)"}
+            )
+        return acts, waiting
+
+    def _outside(self, work: WorkDir) -> list[str]:
+        """Everything that belongs to no block, one part per tensor; floats in the dtype of the plan."""
+        parts = [f"block-{i:05d}" for i in range(self.source.n_blocks)]
+        for k, name in enumerate(self.source.outside()):
+            part = f"outside-{k:05d}"
+            if not work.done(part):
+                t = self.source.checkpoint.tensor(name)
+                t = t.to(DTYPES[self.plan.dtype]) if t.is_floating_point() else t
+                work.write(part, {name: t}, ())
+                self.source.checkpoint.release()
+            parts.append(part)
+        return parts
+
+    def _bits_per_weight(self) -> float:
+        total = bits = 0.0
+        for e in self.entries:
+            if e.grid is not None:
+                n = e.shape[0] * e.shape[1]
+                total += n
+                bits += n * e.grid.cost(e.shape) + (32 * e.shape[1] if e.scattered else 0)
+        return bits / total if total else 0.0
+
+    def _files(self, bpw: float, kl: dict[str, float] | None, events: str) -> dict[str, str]:
+        config = dict(self.source.raw_config)
+        config.pop("torch_dtype", None)
+        config["dtype"] = self.plan.dtype
+        config["quantization_config"] = self.layout.config(self.entries)
+        return {
+            "config.json": json.dumps(config, indent=2) + "\n",
+            "README.md": card(self.source, self.plan, bpw, kl, events),
+            "fewbits_plan.yaml": self.plan.to_yaml(),
+            "fewbits_events.jsonl": events,
+        } | self.layout.files(self.entries)
+
+    def _identity(self) -> dict[str, Any]:
+        """What the bytes of the parts depend on."""
+        from fewbits import __version__
+
+        headers = hashlib.sha256()
+        for name in self.source.checkpoint.names():
+            headers.update(
+                f"{name} {self.source.checkpoint.shape(name)} {self.source.checkpoint.dtype(name)}\n".encode()
+            )
+        files = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in self.source.checkpoint.files]
+        return {
+            "version": __version__,
+            "plan": self.plan.digest(),
+            "model": headers.hexdigest(),
+            "files": files,
+            "rows": None if self.rows is None else hashlib.sha256(self.rows.numpy().tobytes()).hexdigest(),
+        }
+
+    def _room(self, folder: Path) -> None:
+        """Refuse when the disk cannot hold the parts and the output."""
+        size = self.source.checkpoint.size_bytes
+        stored = sum(math.prod(e.shape) * (e.grid.cost(e.shape) if e.grid else 16) / 8 for e in self.entries)
+        outside = sum(self.source.checkpoint.nbytes(n) for n in self.source.outside())
+        needed, free = 2 * int(min(size, stored + outside)), shutil.disk_usage(folder).free
+        if needed > free:
+            raise FewbitsError(
+                f"disk full: {folder} has {free / 2**20:.0f} MiB free, this needs about {needed / 2**20:.0f} MiB"
+            )
+
+
+@contextmanager
+def _cleaned(work: WorkDir) -> Iterator[None]:
+    """An error leaves nothing behind; an interruption leaves what ``resume`` needs."""
+    try:
+        yield
+    except OSError as e:
+        work.discard()
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise FewbitsError(f"disk full while writing {work.path}; free some space and start again") from None
+        raise
+    except Exception:
+        work.discard()
+        raise
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def default_compute() -> str:
+    """bf16 where the processor multiplies bfloat16 natively, else fp32."""
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported() else "fp32"
+
+
+def check_calibrated(plan: Plan) -> bool:
+    """Whether the plan reads activations at all."""
+    return bool(plan.needs)
+
+
+__all__ = ["Job", "RequestError", "Result", "check_calibrated", "default_compute", "peak_rss"]

@@ -1,0 +1,211 @@
+"""The walk: one block at a time, observe its inputs, transform it, solve it stage by stage, pack it, go on with its
+outputs.
+
+The stream that reaches block ``i`` was computed by the quantized blocks before it. Beside it runs a probe: a few rows
+of held-out text through the original and through the quantized model, which gives the KL divergence at the end
+without ever holding either model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewbits.errors import FewbitsError
+from fewbits.formats import Entry, Layout
+from fewbits.model import Site, Source, fold, get_weight, set_weight
+from fewbits.pipeline.acts import Acts
+from fewbits.pipeline.forward import run
+from fewbits.plan import Plan, Recipe
+from fewbits.solve import Nearest
+from fewbits.stats import Stats
+from fewbits.tensor import Quantized
+
+Event = dict[str, Any]
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass
+class Block:
+    """One quantized block: what is written and what is reported."""
+
+    tensors: dict[str, Tensor]
+    events: list[Event] = field(default_factory=list)
+
+
+@dataclass
+class Walk:
+    """Everything that stays the same from block to block. ``recipes`` are by name on disk."""
+
+    source: Source
+    plan: Plan
+    recipes: Mapping[str, Recipe | None]
+    layout: Layout
+    waiting: bool = True
+
+    def quantize(self, i: int, acts: Acts | None) -> Block:
+        """Quantize block ``i`` and, unless the plan needs no calibration, move ``acts`` past it."""
+        block = self.source.block(i)
+        names = {local: self.source.disk_name(i, local) for local in self.source.linears(block)}
+        recipes = {local: r for local, name in names.items() if (r := self.recipes[name]) is not None}
+        solved: dict[str, Quantized] = {}
+        events: list[Event] = []
+        stats: dict[int, Stats] = {}
+        stages = self.source.stages(block)
+        if acts is not None:
+            self._transform(block, i, acts, recipes)
+        round_to(block, DTYPES[self.plan.dtype], set(recipes))
+
+        def observe(stage: int, x: Tensor) -> None:
+            if any("gram" in recipes[n].solver.needs for n in stages[stage] if n in recipes):
+                stats.setdefault(stage, Stats.empty(x.shape[-1])).update(self._observed(x))
+
+        def solve(stage: int) -> None:
+            seen = stats.pop(stage, None)
+            for local in stages[stage]:
+                if local in recipes:
+                    q, event = solve_one(get_weight(block.get_submodule(local)), recipes[local], seen)
+                    set_weight(block.get_submodule(local), q.dense())
+                    solved[local] = q
+                    events.append({"event": "tensor", "block": i, "name": names[local]} | event)
+
+        if acts is None:
+            for stage in range(len(stages)):
+                solve(stage)
+        else:
+            self._advance(block, i, acts, stages, observe, solve)
+        tensors = self.source.state(block, i, without=solved, dtype=DTYPES[self.plan.dtype])
+        for local, q in solved.items():
+            tensors |= self.layout.pack(names[local], q)
+        return Block(tensors, events)
+
+    def replay(self, i: int, acts: Acts, stored: Mapping[str, Tensor]) -> None:
+        """Move ``acts`` past a block that is already finished, exactly as :meth:`quantize` did."""
+        self._advance(self.restored(i, stored), i, acts, (), lambda s, x: None, lambda s: None)
+
+    def restored(self, i: int, stored: Mapping[str, Tensor]) -> nn.Module:
+        """Block ``i`` with the weights of its finished part, float32."""
+        block = self.source.block(i)
+        for local, module in self.source.linears(block).items():
+            name = self.source.disk_name(i, local)
+            if self.recipes[name] is not None:
+                prefix = f"{name}."
+                parts = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
+                set_weight(module, self.layout.unpack(name, parts).dense())
+        self.source.load_state(block, i, stored)
+        return block
+
+    def forward(self, block: nn.Module, i: int, hidden: Tensor) -> Tensor:
+        """One batch ``[rows, tokens, width]`` through a block, float32."""
+        with self._precision():
+            return self._call(block, i, hidden)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _advance(
+        self,
+        block: nn.Module,
+        i: int,
+        acts: Acts,
+        stages: Sequence[Sequence[str]],
+        observe: Callable[[int, Tensor], None],
+        solve: Callable[[int], None],
+        keep: bool = True,
+    ) -> None:
+        forwards = [lambda x=acts[b]: self._call(block, i, x) for b in range(len(acts))]
+        # The greenlets stop inside autocast; what happens between their steps must not inherit it.
+        plain = torch.autocast("cpu", enabled=False)
+        with self._precision():
+            for batch, out in run(block, stages, forwards, plain(observe), plain(solve), self.waiting):
+                if keep:
+                    acts[batch] = out
+
+    def _call(self, block: nn.Module, i: int, x: Tensor) -> Tensor:
+        out = block(x, **self.source.block_kwargs(x.shape[1])[i])
+        return out[0] if isinstance(out, tuple) else out
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        context = torch.autocast("cpu", torch.bfloat16) if self.plan.compute == "bf16" else nullcontext()
+        with torch.no_grad(), context:
+            yield
+
+    def _observed(self, x: Tensor) -> Tensor:
+        return x.bfloat16() if self.plan.compute == "bf16" else x.float()
+
+    def _transform(self, block: nn.Module, i: int, acts: Acts, recipes: Mapping[str, Recipe]) -> None:
+        """Fit every transform at every site to the original block's statistics, then fold all of them in."""
+        if not self.plan.transforms:
+            return
+        stages = self.source.stages(block)
+        where = {name: s for s, stage in enumerate(stages) for name in stage}
+        stats: dict[int, Stats] = {}
+
+        def observe(stage: int, x: Tensor) -> None:
+            stats.setdefault(stage, Stats.empty(x.shape[-1])).update(self._observed(x))
+
+        self._advance(block, i, acts, stages, observe, lambda s: None, keep=False)
+        for transform in self.plan.transforms:
+            fitted: list[tuple[Site, Tensor]] = []
+            for site in self.source.sites(block):
+                readers = [n for n in site.consumers if n in recipes and where[n] in stats]
+                if readers:
+                    weights = [(get_weight(block.get_submodule(n)), stats[where[n]]) for n in readers]
+                    share = site.expand(torch.arange(site.size(block)))
+                    fitted.append((site, site.reduce(transform.fit(weights, recipes[readers[0]].grid, share).s)))
+            for site, s in fitted:
+                fold(block, site, s)
+
+
+def solve_one(w: Tensor, recipe: Recipe, stats: Stats | None) -> tuple[Quantized, Event]:
+    """Quantize one weight. A layer that no token reached (an expert never routed to) is rounded to nearest, and says
+    so.
+    """
+    w = w.float().contiguous()
+    starved = bool(recipe.solver.needs) and (stats is None or not bool((stats.gram.diagonal() > 0).any()))
+    solver = Nearest() if starved else recipe.solver
+    if stats is not None and not stats.finite():
+        raise FewbitsError("activations are not finite during calibration; try --compute fp32, or check the model")
+    q = solver(w, recipe.grid, stats)
+    event: Event = {"bits_per_weight": q.bits_per_weight(), "shape": list(q.shape)} | dict(q.meta)
+    if stats is not None and not starved:
+        error = q.dense().sub_(w)
+        energy = float(((w @ stats.gram) * w).sum())
+        event["error"] = (max(0.0, float(((error @ stats.gram) * error).sum())) / energy) ** 0.5 if energy > 0 else 0.0
+        event["tokens"] = stats.count
+    else:
+        event["error"] = float((q.dense() - w).norm() / w.norm().clamp(min=1e-30))
+    if starved:
+        event["fallback"] = "no token reached this layer: rounded to nearest"
+    elif q.meta.get("damp", 0) > getattr(recipe.solver, "damp", 0) or q.meta.get("float64"):
+        event["fallback"] = (
+            f"gram matrix nearly singular: float64 {bool(q.meta['float64'])}, damping {q.meta['damp']:g}"
+        )
+    return q, event
+
+
+def round_to(block: nn.Module, dtype: torch.dtype, quantized: set[str]) -> None:
+    """Round what stays dense to the dtype in which it is stored: later blocks must see what a reader will see."""
+    skip = {f"{name}.weight" for name in quantized}
+    for name, p in block.named_parameters():
+        if name not in skip:
+            p.data.copy_(p.data.to(dtype))
+
+
+def entries_of(source: Source, recipes: Mapping[str, Recipe | None] | None = None) -> list[Entry]:
+    """Every linear weight of the blocks as the layouts see it, from headers alone."""
+    found = []
+    for i in range(source.n_blocks):
+        block = source.skeleton(i)
+        for local, module in source.linears(block).items():
+            name = source.disk_name(i, local)
+            out, columns = get_weight(module).shape
+            recipe = recipes[name] if recipes else None
+            scattered = bool(recipe) and getattr(recipe.solver, "scatters", False)  # type: ignore[union-attr]
+            found.append(Entry(name, (int(out), int(columns)), recipe.grid if recipe else None, scattered))
+    return found

@@ -1,0 +1,161 @@
+"""Recipe and Plan: plain data that says what is done to each weight. Frozen, validated, YAML in and out.
+
+A :class:`Recipe` names one choice per axis for one tensor; a :class:`Plan` holds the transforms, the ordered rules
+(the first that matches wins; one that matches nothing is an error) and the calibration. Grids, solvers and transforms
+are frozen dataclasses; in YAML each is a mapping with its ``kind``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from fewbits.errors import RequestError
+from fewbits.grids import Grid, Int
+from fewbits.solve import Exact, Nearest, Solver, Sweep
+from fewbits.transform import Awq, Transform
+
+KINDS: dict[str, type] = {"int": Int, "nearest": Nearest, "sweep": Sweep, "exact": Exact, "awq": Awq}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one weight is quantized: the numbers (``grid``) and how codes are chosen (``solver``)."""
+
+    grid: Grid
+    solver: Solver
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Weights whose name matches the glob ``match`` get ``recipe``; None keeps them dense."""
+
+    match: str
+    recipe: Recipe | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which rows are observed: ``spec`` is a file or an asset name, ``samples`` rows of ``seq_len`` tokens."""
+
+    spec: str = "c4"
+    samples: int = 128
+    seq_len: int = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the bytes of the output."""
+
+    method: str
+    format: str
+    rules: tuple[Rule, ...]
+    transforms: tuple[Transform, ...] = ()
+    calibration: Calibration = field(default_factory=Calibration)
+    compute: str = "bf16"
+    dtype: str = "float16"
+    seed: int = 0
+
+    def assign(self, names: Sequence[str]) -> dict[str, Recipe | None]:
+        """The recipe of each weight. Raises RequestError for a weight without rule or a rule that matches nothing."""
+        first = {n: next((i for i, r in enumerate(self.rules) if fnmatch.fnmatchcase(n, r.match)), None) for n in names}
+        unused = [r.match for i, r in enumerate(self.rules) if i not in first.values()]
+        if unused:
+            raise RequestError(
+                f"rule {unused[0]!r} decides no weight of this model; "
+                f"weights are named like {names[0]!r}: mend or drop the rule"
+            )
+        lost = [n for n, i in first.items() if i is None]
+        if lost:
+            raise RequestError(f"no rule matches {lost[0]!r}; end the rules with one that matches '*'")
+        return {n: self.rules[i].recipe for n, i in first.items() if i is not None}
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that some rule or transform reads."""
+        solvers = (r.recipe.solver.needs for r in self.rules if r.recipe)
+        return frozenset().union(*solvers, *(t.needs for t in self.transforms))
+
+    def with_scales(self, dtype: str) -> Plan:
+        """The same plan with every scale stored in ``dtype``."""
+
+        def stored(recipe: Recipe | None) -> Recipe | None:
+            if recipe is None or not hasattr(recipe.grid, "scale"):
+                return recipe
+            return dataclasses.replace(recipe, grid=dataclasses.replace(recipe.grid, scale=dtype))  # type: ignore[type-var]
+
+        return dataclasses.replace(self, rules=tuple(Rule(r.match, stored(r.recipe)) for r in self.rules))
+
+    def to_yaml(self) -> str:
+        """The plan as YAML; ``Plan.from_yaml`` gives it back."""
+        return str(yaml.safe_dump(to_data(self), sort_keys=False))
+
+    @classmethod
+    def from_yaml(cls, text: str, common: dict[str, Any] | None = None) -> Plan:
+        """Raises RequestError in one line for anything that is not a plan. ``common`` fills what the text does not
+        say.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as e:
+            raise RequestError(f"the recipe is not YAML: {' '.join(str(e).split())}") from None
+        if not isinstance(data, dict) or "rules" not in data:
+            raise RequestError("the recipe has no 'rules'; see docs/recipes.md for an example")
+        try:
+            rules = tuple(Rule(r["match"], _recipe(r.get("recipe"))) for r in data.pop("rules"))
+            transforms = tuple(from_data(t) for t in data.pop("transforms", ()))
+            filled = {"method": "recipe", "format": "fewbits"} | (common or {}) | data
+            if isinstance(filled.get("calibration"), dict):
+                filled["calibration"] = _build(Calibration, filled["calibration"], "calibration")
+            return cls(rules=rules, transforms=transforms, **filled)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise RequestError(
+                f"the recipe does not have the form of a plan: {e}; see docs/recipes.md for an example"
+            ) from None
+
+    def digest(self) -> str:
+        """sha256 over the YAML form."""
+        return hashlib.sha256(self.to_yaml().encode()).hexdigest()
+
+
+def to_data(value: Any) -> Any:
+    """Dataclasses become mappings, registered ones with their ``kind``; tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kind = next((k for k, t in KINDS.items() if t is type(value)), None)
+        fields = {f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return fields if kind is None else {"kind": kind} | fields
+    if isinstance(value, (tuple, list)):
+        return [to_data(v) for v in value]
+    return value
+
+
+def from_data(data: Any) -> Any:
+    """Builds a registered dataclass from a mapping with ``kind``; unknown kinds and fields are refused in one line."""
+    if not isinstance(data, dict) or data.get("kind") not in KINDS:
+        given = data.get("kind") if isinstance(data, dict) else data
+        raise RequestError(f"kind {given!r} is unknown; allowed: {', '.join(KINDS)}")
+    return _build(KINDS[data["kind"]], {k: v for k, v in data.items() if k != "kind"}, data["kind"])
+
+
+def _build(cls: type, fields: dict[str, Any], kind: str) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise RequestError(f"{kind!r} has no option {unknown[0]!r}; allowed: {', '.join(sorted(known))}")
+    try:
+        return TypeAdapter(cls).validate_python(fields)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(x) for x in first["loc"])
+        raise RequestError(f"{kind!r} option {where!r}: {first['msg']} (given {first['input']!r})") from None
+
+
+def _recipe(data: Any) -> Recipe | None:
+    return None if data is None else Recipe(grid=from_data(data["grid"]), solver=from_data(data["solver"]))

@@ -1,0 +1,151 @@
+"""The linear layer of a quantized model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fewbits.errors import RequestError
+from fewbits.grids import Int, group_index, spread
+from fewbits.kernels import qlinear
+from fewbits.tensor import Quantized
+
+
+class QuantLinear(nn.Module):
+    """``x @ W.T + bias`` with ``W [out, in]`` kept as codes; stands for nn.Linear and for transformers' Conv1D.
+
+    On the CPU the codes are prepacked for the C++ product. Elsewhere, without the extension, and for weights that the
+    kernels do not hold (grids other than ``Int``, residuals), the weight is dequantized on every call. Codes get no
+    gradient; inputs do. The weight is not part of ``state_dict``: a loaded model is saved by copying its checkpoint.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        empty = torch.empty(out_features, device=device, dtype=dtype) if bias else None
+        self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
+        self.grid: Any = None
+        self._packed: qlinear.PackedWeight | None = None
+        self._loose: Quantized | None = None
+        self._offset: tuple[Any, Tensor | None] = (None, None)
+
+    @classmethod
+    def from_quantized(cls, q: Quantized, bias: Tensor | None = None) -> QuantLinear:
+        """A layer with the weight ``q`` and ``bias [out]``, which keeps its dtype."""
+        layer = cls(q.shape[1], q.shape[0])
+        layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        return layer.fill(q)
+
+    def fill(self, q: Quantized) -> QuantLinear:
+        """Take the weight. Raises RequestError when its shape is not ``(out_features, in_features)``."""
+        if q.shape != (self.out_features, self.in_features):
+            raise RequestError(f"weight of shape {q.shape} given, the layer is {(self.out_features, self.in_features)}")
+        self.grid, self._packed, self._loose = q.grid, _pack(q), None
+        if self._packed is None:
+            self._loose = q
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self._packed
+        if (
+            p is None
+            or x.dtype not in qlinear.DTYPES
+            or x.device.type != "cpu"
+            or (x.requires_grad and torch.is_grad_enabled())
+        ):
+            weight = self.dequantize(x.dtype).to(x.device)
+            return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
+        return qlinear.matmul(x, p, None if self.bias is None else self._bias())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight ``[out, in]``; in float32 exactly ``Quantized.dense()``."""
+        if self._packed is not None:
+            return qlinear.dequantize(self._packed, dtype)
+        if self._loose is None:
+            raise RequestError("this layer has no weight yet; load a checkpoint or call fill")
+        return self._loose.dense().to(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, for code that looks at ``module.weight``; computed on every access."""
+        if self._packed is None and self._loose is None:  # transformers' initialisers touch it before it is there
+            return torch.empty(self.out_features, self.in_features, device="meta")
+        return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and their parameters in memory."""
+        if self._packed is not None:
+            return self._packed.nbytes
+        held = [] if self._loose is None else [self._loose.codes, *self._loose.params.values()]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def extra_repr(self) -> str:
+        kind = "empty" if self.grid is None else f"bits={getattr(self.grid, 'bits', '?')}, group={self.grid.period}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {kind}, bias={self.bias is not None}"
+
+    def _bias(self) -> Tensor:
+        """The bias in float32, converted again only after a change."""
+        assert self.bias is not None
+        key = (self.bias.data_ptr(), self.bias._version, self.bias.dtype)
+        if self._offset[0] != key:
+            self._offset = (key, self.bias.detach().float().contiguous())
+        return self._offset[1]  # type: ignore[return-value]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self._device())).device
+        if device != self._device() and device.type != "meta":
+            self._move(device)
+        return self
+
+    def _device(self) -> torch.device:
+        return torch.device("cpu") if self._loose is None else self._loose.codes.device
+
+    def _move(self, device: torch.device) -> None:
+        q = self._loose
+        if self._packed is not None:
+            codes, scale, zero, g_idx = qlinear.unpack_weight(self._packed)
+            q = Quantized(self.grid, codes, _params(self.grid, scale, zero, g_idx))
+        if q is not None:
+            moved = {name: t.to(device) for name, t in q.params.items()}
+            self.fill(Quantized(q.grid, q.codes.to(device), moved, q.residual))
+
+
+def _params(grid: Int, scale: Tensor, zero: Tensor, g_idx: Tensor | None) -> dict[str, Tensor]:
+    """Params of one row per scale; ``spread`` takes them as well as shared ones."""
+    found = {"scale": scale}
+    if not grid.symmetric:
+        found["zero"] = zero
+    return found if g_idx is None else found | {"g_idx": g_idx}
+
+
+def _pack(q: Quantized) -> qlinear.PackedWeight | None:
+    """``q`` in the kernels' layout, or None for what they do not hold."""
+    grid = q.grid
+    if not isinstance(grid, Int) or q.residual is not None or q.codes.device.type != "cpu" or not qlinear.available():
+        return None
+    rows, groups = q.shape[0], torch.arange(q.params["scale"].shape[1])
+    scale = spread(q.params["scale"], groups, rows).expand(rows, -1)
+    zero = spread(grid.zero_points(q.params), groups, rows).expand(rows, -1).to(torch.uint8)
+    g_idx = q.params.get("g_idx")
+    if g_idx is not None and not _even(g_idx, grid.group):
+        return None
+    return qlinear.pack_weight(q.codes, scale, zero, grid.bits, grid.group, g_idx)
+
+
+def _even(g_idx: Tensor, group: int) -> bool:
+    """Whether every group has as many columns as consecutive groups would have."""
+    columns = len(g_idx)
+    return torch.equal(torch.sort(g_idx.long()).values, group_index(columns, group))

@@ -1,0 +1,134 @@
+"""The one sweep: round columns in order and let the columns still free absorb the error (GPTQ).
+
+Letters of arXiv 2210.17323 and of the OBS papers: ``W [out, in]`` the weight, ``H`` the Hessian of the layer's
+squared output error (here the gram matrix ``Σ x xᵀ``: a factor changes no choice), ``U`` the upper Cholesky factor of
+its inverse, ``H⁻¹ = Uᵀ U``. Column ``j`` is rounded to ``q``; ``e = (w_j - q) / U_jj``; every later column ``k``
+moves by ``-e U_jk``, which is exactly the OBQ elimination of one coordinate in a fixed order. Then ``Σ e² = tr((Q-W)
+H (Q-W)ᵀ)``: the loss comes for free.
+
+The sweep never asks what kind of grid it rounds to: a block of columns is ``grid.feedback``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fewbits.errors import FewbitsError, RequestError
+from fewbits.grids import Grid, Params, group_index
+from fewbits.stats import Stats
+from fewbits.tensor import Quantized
+
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """GPTQ. Parameters of a group come from the weights as they are when the sweep reaches it, or all at once
+    (``static``).
+
+    ``order`` is the order of the columns: as they are, or by falling activation energy. With ``order="activation"``
+    and on-the-fly groups a group is no longer consecutive columns: the result carries ``g_idx``. ``damp`` is added to
+    the diagonal as a fraction of its mean; where the factorisation fails it is tried again in float64, then with ten
+    times the damping, and so on. ``meta`` of the result says what was needed. Channels that calibration never saw
+    active (dead) are rounded to nearest and take no part in the feedback; the reference code sets their weights to
+    zero, which prunes channels on the word of a small sample.
+    """
+
+    damp: float = 0.01
+    order: Literal["natural", "activation"] = "natural"
+    static: bool = False
+    importance: bool = True
+
+    needs = frozenset({"gram"})
+
+    @property
+    def scatters(self) -> bool:
+        """Whether groups of the result are not consecutive columns."""
+        return self.order == "activation" and not self.static
+
+    def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: None = None) -> Quantized:
+        """Quantize ``w [out, in]`` (float32 or float64) on ``grid`` for inputs with ``stats.gram``."""
+        if stats is None:
+            raise RequestError("the sweep needs the gram matrix of the layer's inputs; calibrate, or use Nearest")
+        H = stats.gram.to(w.dtype)
+        dead = H.diagonal() <= 0
+        diagonal = torch.where(dead, 1, H.diagonal())
+        perm = (
+            torch.argsort(diagonal, descending=True, stable=True)
+            if self.order == "activation"
+            else torch.arange(len(H))
+        )
+        U, used = inverse_factor(H[perm][:, perm], dead[perm], self.damp)
+        columns = w.shape[1]
+        static = self.static or grid.period == -1 or grid.period >= columns
+        importance = diagonal if self.importance else None
+        if static:
+            params = grid.fit(w, importance)
+            index = group_index(columns, grid.period)[perm]
+            codes, loss = sweep(w[:, perm], U, grid, params, index)
+        else:
+            index = group_index(columns, grid.period)
+            codes, params, loss = sweep_groups(w[:, perm], U, grid, diagonal[perm] if self.importance else None)
+        back = torch.argsort(perm)
+        if self.order == "activation" and not static:
+            params = params | {"g_idx": index[back].int()}
+        meta = {"loss": float(loss), "damp": used["damp"], "float64": used["float64"], "dead": float(dead.sum())}
+        return Quantized(grid, codes[:, back].contiguous(), params, meta=meta)
+
+
+def sweep(w: Tensor, U: Tensor, grid: Grid, params: Params, index: Tensor) -> tuple[Tensor, Tensor]:
+    """All columns with known parameters; column ``c`` belongs to group ``index[c]``. Returns codes and ``Σ e²``."""
+    w, codes, loss = w.clone(), [], w.new_zeros(())
+    for a in range(0, w.shape[1], BLOCK):
+        b = min(a + BLOCK, w.shape[1])
+        code, e = grid.feedback(w[:, a:b], U[a:b, a:b], params, index[a:b])
+        w[:, b:] -= e @ U[a:b, b:]
+        codes.append(code)
+        loss += e.square().sum()
+    return torch.cat(codes, 1), loss
+
+
+def sweep_groups(w: Tensor, U: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Params, Tensor]:
+    """Group by group: fit each group to the weights as they are when the sweep reaches it, then sweep its columns."""
+    w, codes, fitted, loss = w.clone(), [], [], w.new_zeros(())
+    for a in range(0, w.shape[1], grid.period):
+        b = min(a + grid.period, w.shape[1])
+        params = grid.fit(w[:, a:b], None if importance is None else importance[a:b])
+        code, e = grid.feedback(w[:, a:b], U[a:b, a:b], params, torch.zeros(b - a, dtype=torch.int64))
+        w[:, b:] -= e @ U[a:b, b:]
+        codes.append(code)
+        fitted.append(params)
+        loss += e.square().sum()
+    return torch.cat(codes, 1), {k: torch.cat([p[k] for p in fitted], 1) for k in fitted[0]}, loss
+
+
+def inverse_factor(H: Tensor, dead: Tensor, damp: float) -> tuple[Tensor, dict[str, float]]:
+    """Upper triangular ``U`` with ``(H + λI)⁻¹ = Uᵀ U``; λ is ``damp`` times the mean of the live diagonal.
+
+    One factorisation of the matrix with rows and columns reversed, no explicit inverse: if ``J H J = L Lᵀ`` then
+    ``U = J L⁻¹ J``. Where it fails: float64, then damping times ten (never added up), until it exceeds the mean itself.
+    """
+    live = H.diagonal()[~dead]
+    if not len(live):
+        return torch.eye(len(H), dtype=H.dtype), {"damp": 0.0, "float64": 0.0}
+    if not bool(torch.isfinite(live).all()):
+        raise FewbitsError(
+            "the activations of this layer are not finite; calibrate with --compute fp32 or check the model's weights"
+        )
+    mean = live.mean()
+    while damp <= 10:
+        for dtype in (H.dtype, torch.float64):
+            A = H.to(dtype, copy=True)
+            A.diagonal().add_(damp * mean.to(dtype))
+            A.diagonal()[dead] = mean.to(dtype)
+            L, failed = torch.linalg.cholesky_ex(A.flip(0, 1))
+            if not int(failed) and bool(torch.isfinite(L.diagonal()).all()):
+                eye = torch.eye(len(H), dtype=dtype)
+                U = torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1).to(H.dtype)
+                return U.contiguous(), {"damp": damp, "float64": float(dtype != H.dtype)}
+        damp = max(10 * damp, 1e-4)
+    raise FewbitsError("the gram matrix of this layer cannot be factorised at any damping; calibrate with more text")

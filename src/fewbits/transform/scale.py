@@ -1,0 +1,83 @@
+"""AWQ: scale the channels that carry large activations before rounding (arXiv 2306.00978, section 3.2).
+
+``Q(W diag(s)) diag(1/s)`` rounds the columns with large ``s`` finely. The search goes over ``s = a^r / b^(1-r)`` with
+``a`` the mean absolute activation and ``b`` the mean relative weight (or 1), normalised so that ``max(s) min(s) =
+1``. The loss of a candidate is ``Σ tr(E G Eᵀ)`` over the consumers: the squared error of their outputs, from the gram
+matrix alone, so no activations are kept and no forward pass is run. ``r = 0`` without ``b`` is the identity, hence
+the chosen loss never exceeds plain rounding's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fewbits.grids import Grid
+from fewbits.stats import Stats, loss
+from fewbits.transform.base import Diagonal
+
+
+@dataclass(frozen=True)
+class Awq:
+    """AWQ's scale search: ``steps`` exponents from 0 to 1 inclusive, each with and (``duo``) without the weights'
+    share.
+    """
+
+    steps: int = 21
+    duo: bool = True
+
+    needs = frozenset({"gram"})
+
+    def fit(self, consumers: Sequence[tuple[Tensor, Stats]], grid: Grid, share: Tensor | None = None) -> Diagonal:
+        """The candidate with the least output error under round-to-nearest on ``grid``; see :class:`Transform`."""
+        parts = by_stats(consumers)
+        w = torch.cat([w for w, _ in parts])
+        total = sum((s.abssum for _, s in parts[1:]), parts[0][1].abssum) / max(1, sum(s.count for _, s in parts))
+        best = (torch.inf, torch.ones(w.shape[1]))
+        for s in self.candidates(w, total, grid.period, share):
+            scaled = w * s
+            params = grid.fit(scaled)
+            error = grid.decode(grid.encode(scaled, params), params).div_(s).sub_(w)
+            errors = error.split([len(part) for part, _ in parts])
+            value = sum(float(loss(e, stats.gram)) for e, (_, stats) in zip(errors, parts, strict=True))
+            if value < best[0]:
+                best = (value, s)
+        return Diagonal(best[1])
+
+    def candidates(self, w: Tensor, absmean: Tensor, group: int, share: Tensor | None) -> Iterator[Tensor]:
+        """Normalised scales, one per consumer column (equal where shared), the identity first."""
+        a = tied(absmean, share).clamp(min=1e-8)
+        b = tied(relative_weight(w, group), share).clamp(min=1e-8)
+        for family in (torch.ones_like(b), b) if self.duo else (torch.ones_like(b),):
+            for i in range(self.steps):
+                r = i / (self.steps - 1)
+                s = (a**r / family ** (1 - r)).clamp(min=1e-4)
+                yield s / (s.max() * s.min()).sqrt()
+
+
+def by_stats(consumers: Sequence[tuple[Tensor, Stats]]) -> list[tuple[Tensor, Stats]]:
+    """Consumers of the very same activation become one tall matrix: one product instead of several."""
+    grouped: dict[int, tuple[list[Tensor], Stats]] = {}
+    for w, stats in consumers:
+        grouped.setdefault(id(stats), ([], stats))[0].append(w.float())
+    return [(torch.cat(ws), stats) for ws, stats in grouped.values()]
+
+
+def relative_weight(w: Tensor, group: int) -> Tensor:
+    """Mean over rows of ``|w|`` relative to the largest of its group, ``[channels]`` in 0..1 (AWQ's ``w_mean``)."""
+    columns = w.shape[1]
+    size = columns if group == -1 else group
+    parts = [p.abs() / (p.abs().amax(1, keepdim=True) + 1e-6) for p in w.split(size, 1)]
+    return torch.cat([p.mean(0) for p in parts])
+
+
+def tied(x: Tensor, share: Tensor | None) -> Tensor:
+    """Average of ``x`` over the channels that must get one factor."""
+    if share is None:
+        return x
+    n = int(share.max()) + 1
+    total = torch.zeros(n).index_add_(0, share, x)
+    return (total / torch.bincount(share, minlength=n).clamp(min=1))[share]

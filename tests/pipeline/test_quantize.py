@@ -1,0 +1,199 @@
+"""The walk on tiny models of every family: laws of the stored result, reproducibility, resumption, refusals."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+
+from fewbits import api, formats
+from fewbits.errors import FewbitsError, RequestError
+from fewbits.model import Source
+from fewbits.storage import Checkpoint
+
+TEXT = " ".join(f"the quick brown fox number {i} jumps over {i * 7 % 13} lazy dogs" for i in range(400))
+SMALL = {"samples": 12, "seq_len": 16, "group_size": 16, "compute": "fp32", "calibration": [TEXT]}
+
+
+def make(family, folder, **changes):
+    tiny_model(family, folder, vocab_size=320, **changes) if family != "gemma3" else tiny_model(family, folder)
+    tiny_tokenizer(folder, TEXT)
+    return folder
+
+
+def tree(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).iterdir())}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=3)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gemma3"])
+def test_every_family(family, tmp_path):
+    """Every quantized weight in the file is what the codes say and close to the original; the rest is the original in
+    float16.
+    """
+    source = make(family, tmp_path / "model")
+    out = tmp_path / "out"
+    result = api.quantize(source, out, format="fewbits", bits=8, **SMALL)
+    original, stored = Source.open(source), Checkpoint.open(out)
+    config = json.loads((out / "config.json").read_text())
+    layout = formats.detect(config["quantization_config"])
+    names = {original.disk_name(i, n) for i in range(original.n_blocks) for n in original.linears(original.skeleton(i))}
+    assert result.tensors == len(names)
+    for i in range(original.n_blocks):
+        block = original.block(i)
+        for local, module in original.linears(block).items():
+            name = original.disk_name(i, local)
+            parts = {k.rsplit(".", 1)[1]: stored.tensor(k) for k in stored.names() if k.rsplit(".", 1)[0] == name}
+            q = layout.unpack(name, {k: t for k, t in parts.items() if k in layout.suffixes})
+            w = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+            assert float((q.dense() - w).norm() / w.norm()) < 0.02
+    for name in original.outside():
+        assert torch.equal(stored.tensor(name), original.checkpoint.tensor(name).half())
+    assert result.size_bytes == sum(p.stat().st_size for p in out.iterdir())
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "awq+gptq", "gptq-paper", "obq"])
+def test_methods_lower_the_output_error(method, llama, tmp_path):
+    result = api.quantize(llama, tmp_path / "out", method=method, format="fewbits", bits=3, **SMALL)
+    events = [json.loads(x) for x in (tmp_path / "out/fewbits_events.jsonl").read_text().splitlines()]
+    assert len(events) == result.tensors == 21
+    assert (result.kl is None) == (method == "rtn")
+
+
+def test_same_bytes_whatever_the_threads_and_the_memory(llama, tmp_path):
+    before, trees = torch.get_num_threads(), []
+    try:
+        for k, (threads, memory) in enumerate([(1, None), (2, None), (3, 20_000)]):
+            torch.set_num_threads(threads)
+            api.quantize(
+                llama, tmp_path / f"{k}", method="awq+gptq", format="fewbits", bits=4, max_memory=memory, **SMALL
+            )
+            trees.append(tree(tmp_path / f"{k}"))
+    finally:
+        torch.set_num_threads(before)
+    assert trees[0] == trees[1] == trees[2]
+
+
+def test_stopping_between_blocks_and_resuming_changes_no_byte(llama, tmp_path):
+    api.quantize(llama, tmp_path / "whole", method="awq+gptq", format="fewbits", **SMALL)
+
+    class Stop(BaseException):
+        pass
+
+    def stop_after(blocks):
+        def on_event(event):
+            if event["event"] == "block" and event["block"] + 1 == blocks:
+                raise Stop
+
+        return on_event
+
+    for blocks in (1, 2, 3):
+        out = tmp_path / f"out{blocks}"
+        with pytest.raises(Stop):
+            api.quantize(llama, out, method="awq+gptq", format="fewbits", on_event=stop_after(blocks), **SMALL)
+        assert not out.exists()
+        with pytest.raises(RequestError, match="--resume"):
+            api.quantize(llama, out, method="awq+gptq", format="fewbits", **SMALL)
+        with pytest.raises(RequestError, match="differs in plan"):
+            api.quantize(llama, out, method="gptq", format="fewbits", resume=True, **SMALL)
+        api.quantize(llama, out, method="awq+gptq", format="fewbits", resume=True, **SMALL)
+        assert tree(out) == tree(tmp_path / "whole")
+        assert not Path(f"{out}.partial").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(llama, tmp_path):
+    """kill -9 three times, then --resume: byte for byte what an undisturbed run writes."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = [sys.executable, "-m", "fewbits", "quantize", str(llama), "OUT", "--method", "gptq", "--group-size", "16"]
+    command += ["--calibration", str(text), "--samples", "12", "--seq-len", "16", "--format", "fewbits"]
+    at = command.index("OUT")
+
+    def start(out, *more):
+        return subprocess.Popen([*command[:at], str(out), *command[at + 1 :], *list(more)], stderr=subprocess.DEVNULL)
+
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    began = time.perf_counter()
+    assert start(whole).wait() == 0
+    lasted = time.perf_counter() - began
+    for share in (0.6, 0.8, 0.95):
+        p = start(out, "--resume")
+        time.sleep(lasted * share)
+        os.kill(p.pid, signal.SIGKILL)
+        p.wait()
+        if out.exists():
+            break
+    if not out.exists():
+        assert start(out, "--resume").wait() == 0
+    assert tree(out) == tree(whole)
+
+
+def test_refusals_leave_nothing_behind(llama, tmp_path):
+    out = tmp_path / "out"
+    cases = [
+        ({"method": "gptx"}, "did you mean 'gptq'"),
+        ({"format": "zip"}, "allowed: compressed-tensors"),
+        ({"bits": 5, "format": "awq"}, "cannot store"),
+        ({"bits": 1}, "allowed: 2 to 8"),
+        ({"group_size": 24, "format": "awq"}, "self_attn.q_proj"),
+        ({"samples": 100_000}, "--samples"),
+        ({"calibration": [""]}, "empty"),
+        ({"calibration": str(tmp_path / "nothing.txt")}, "no such calibration text"),
+        ({"device": "tpu"}, "allowed: cpu"),
+        ({"compute": "fp64"}, "allowed: bf16, fp32"),
+    ]
+    for change, message in cases:
+        with pytest.raises(RequestError, match=message):
+            api.quantize(llama, out, **(SMALL | change))
+        assert list(tmp_path.iterdir()) == []
+    out.mkdir()
+    with pytest.raises(RequestError, match="exists"):
+        api.quantize(llama, out, **SMALL)
+    with pytest.raises(RequestError, match="not a directory"):
+        api.quantize(llama, tmp_path / "no" / "where", **SMALL)
+
+
+def test_overwrite_replaces_at_the_end(llama, tmp_path):
+    out = tmp_path / "out"
+    api.quantize(llama, out, method="rtn", format="fewbits", **SMALL)
+    before = tree(out)
+    api.quantize(llama, out, method="gptq", format="fewbits", overwrite=True, **SMALL)
+    assert tree(out) != before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_damaged_weights_are_named_and_leave_nothing(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = make("llama", tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FewbitsError, match=r"layers\.1\.mlp\.up_proj"):
+        api.quantize(source, tmp_path / "out", **SMALL)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_dry_run_writes_nothing(llama, tmp_path):
+    job = api.quantize(llama, tmp_path / "out", dry_run=True, **SMALL)
+    assert len(job.entries) == 21
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_awq_and_probe_report_quality(llama, tmp_path):
+    """More bits, less divergence; at 8 bits the probe sees next to none."""
+    kl = [api.quantize(llama, tmp_path / f"{b}", bits=b, format="fewbits", **SMALL).kl for b in (2, 4, 8)]
+    assert kl[0] > kl[1] > kl[2] >= 0
+    assert kl[2] < 1e-3

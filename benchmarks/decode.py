@@ -62,14 +62,19 @@ def quantize(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def rate(model: LlamaForCausalLM, ids: torch.Tensor, tokens: int) -> float:
+    """Tokens per second after the first two, so that the prompt does not count."""
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "use_cache": True}
-    with torch.inference_mode():
-        model.generate(ids, attention_mask=torch.ones_like(ids), min_new_tokens=2, max_new_tokens=2, **options)
+
+    def run(count: int) -> float:
         begin = time.perf_counter()
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), min_new_tokens=tokens, max_new_tokens=tokens, **options
-        )
-    return tokens / (time.perf_counter() - begin)
+        with torch.inference_mode():
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), min_new_tokens=count, max_new_tokens=count, **options
+            )
+        return time.perf_counter() - begin
+
+    short = run(2)
+    return tokens / (run(2 + tokens) - short)
 
 
 def main() -> None:

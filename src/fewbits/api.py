@@ -102,9 +102,9 @@ def _rows(source: Source, plan: Plan, spec: Any) -> tuple[Tensor | None, Tensor 
         return None, None
     c = plan.calibration
     text, tokenizer = spec or c.spec, source.tokenizer()
-    learned = calibration_rows(tokenizer, text, c.samples, c.seq_len)
+    wanted = c.samples + max(1, PROBE_TOKENS // c.seq_len)
     try:
-        more = calibration_rows(tokenizer, text, c.samples + max(1, PROBE_TOKENS // c.seq_len), c.seq_len)
+        found = calibration_rows(tokenizer, text, wanted, c.seq_len)
     except RequestError:
-        return learned, None
-    return learned, more[c.samples :]
+        return calibration_rows(tokenizer, text, c.samples, c.seq_len), None
+    return found[: c.samples], found[c.samples :]

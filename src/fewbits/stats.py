@@ -6,50 +6,61 @@ choice). Adding is exact in any order up to float32 rounding; within a run batch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fewbits import kernels
+from fewbits.errors import RequestError
 
 
 @dataclass
 class Stats:
-    """Sums over ``count`` tokens: ``gram [in, in]`` float32, ``abssum [in]`` float32, ``absmax [in]`` float32."""
+    """Sums over ``count`` tokens, float32: ``gram [in, in]``; ``abssum [in]`` and ``absmax [in]`` unless left out."""
 
     gram: Tensor
-    abssum: Tensor
-    absmax: Tensor
+    abssum: Tensor | None
+    absmax: Tensor | None
     count: int = 0
 
     @classmethod
-    def empty(cls, columns: int, device: torch.device | str = "cpu") -> Stats:
-        def zero(*n: int) -> Tensor:
-            return torch.zeros(*n, device=device)
-
-        return cls(zero(columns, columns), zero(columns), zero(columns))
+    def empty(cls, columns: int, needs: frozenset[str] = frozenset({"gram", "abs"})) -> Stats:
+        """Nothing observed yet. Without "abs" in ``needs`` only the gram matrix is gathered, which is faster."""
+        magnitudes = "abs" in needs
+        return cls(
+            torch.zeros(columns, columns),
+            torch.zeros(columns) if magnitudes else None,
+            torch.zeros(columns) if magnitudes else None,
+        )
 
     def update(self, x: Tensor) -> None:
         """Add a batch ``x [..., in]``, in place. bfloat16 inputs are multiplied exactly and summed in float32."""
         x = x.reshape(-1, x.shape[-1])
         kernels.gram_(self.gram, x)
-        a = x.abs()
-        self.abssum += a.sum(0, dtype=torch.float32)
-        self.absmax = torch.maximum(self.absmax, a.amax(0).float()) if len(x) else self.absmax
         self.count += len(x)
+        if self.abssum is not None and self.absmax is not None and len(x):
+            a = x.abs().float()
+            self.abssum += a.sum(0)
+            self.absmax = torch.maximum(self.absmax, a.amax(0))
 
     def __add__(self, other: Stats) -> Stats:
+        def both(f: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor | None) -> Tensor | None:
+            return None if a is None or b is None else f(a, b)
+
         return Stats(
             self.gram + other.gram,
-            self.abssum + other.abssum,
-            torch.maximum(self.absmax, other.absmax),
+            both(torch.add, self.abssum, other.abssum),
+            both(torch.maximum, self.absmax, other.absmax),
             self.count + other.count,
         )
 
     @property
     def absmean(self) -> Tensor:
-        """Mean absolute value per channel, float32 ``[in]``."""
+        """Mean absolute value per channel, float32 ``[in]``. Raises RequestError when magnitudes were not gathered."""
+        if self.abssum is None:
+            raise RequestError("these statistics hold no magnitudes; gather them with needs={'gram', 'abs'}")
         return self.abssum / max(self.count, 1)
 
     def finite(self) -> bool:
@@ -59,7 +70,8 @@ class Stats:
     def scaled(self, s: Tensor) -> Stats:
         """The statistics of ``x * s``: what a diagonal map does to them without a second forward pass."""
         a = s.abs()
-        return Stats(self.gram * s[:, None] * s, self.abssum * a, self.absmax * a, self.count)
+        abssum, absmax = (None if t is None else t * a for t in (self.abssum, self.absmax))
+        return Stats(self.gram * s[:, None] * s, abssum, absmax, self.count)
 
 
 def loss(error: Tensor, gram: Tensor) -> Tensor:

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import config, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from fewbits import runtime
 from fewbits.errors import CheckpointError, FewbitsError, RequestError
 from fewbits.evaluate import evaluate, hidden
+from tests.tiny import config, tiny_model, tiny_tokenizer
 
 CTX, WINDOWS = 32, 6
 
@@ -148,8 +148,9 @@ def test_heads_of_other_families(family: str, changes: dict[str, float]) -> None
 
 
 def _config(family: str, changes: dict[str, float]) -> Any:
-    from tests.tiny import COMMON
     from transformers import CONFIG_MAPPING
+
+    from tests.tiny import COMMON
 
     return CONFIG_MAPPING[family](**COMMON | changes)
 

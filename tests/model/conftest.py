@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import tiny_model
 
 from fewbits.model import Source
+from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.tiny import tiny_tokenizer
 
 from fewbits.errors import FetchError, RequestError
 from fewbits.model import assets, rows
+from tests.tiny import tiny_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog and sleeps all day long. " * 40
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.tiny import config
 
 from fewbits.errors import RequestError
 from fewbits.model import Experts, unstack_experts
+from tests.tiny import config
 
 
 def stacked(family):

@@ -6,11 +6,11 @@ from unittest import mock
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, tiny_model
 
 from fewbits.errors import RequestError
 from fewbits.model import Source, fold, get_weight, set_weight
 from fewbits.model.families import PROTECTED
+from tests.tiny import FAMILIES, tiny_model
 
 SITES = {
     "llama": ["input_layernorm", "self_attn.v_proj", "post_attention_layernorm", "mlp.up_proj"],

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 from fewbits.errors import CheckpointError, FetchError, RequestError
 from fewbits.model import Source
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(0, 128, (5, 24), generator=torch.Generator().manual_seed(0))
 

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 from fewbits import api, formats
 from fewbits.errors import FewbitsError, RequestError
 from fewbits.model import Source
 from fewbits.storage import Checkpoint
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 TEXT = " ".join(f"the quick brown fox number {i} jumps over {i * 7 % 13} lazy dogs" for i in range(400))
 SMALL = {"samples": 12, "seq_len": 16, "group_size": 16, "compute": "fp32", "calibration": [TEXT]}

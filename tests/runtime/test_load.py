@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.runtime.rtn import twin, write_rtn
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import fewbits
@@ -18,6 +16,8 @@ from fewbits import storage
 from fewbits.errors import CheckpointError, RequestError
 from fewbits.grids import Int
 from fewbits.runtime import QuantLinear
+from tests.runtime.rtn import twin, write_rtn
+from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 GRIDS = {
     "fewbits": Int(3, 32),

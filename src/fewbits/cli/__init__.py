@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ def _root(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code; every failure is one line on stderr unless ``--debug`` is given."""
     given = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars fill log files
     try:
         code = app(args=given, prog_name="fewbits", standalone_mode=False)
         if code == INTERRUPTED:  # what newer versions of typer make of Ctrl-C; older ones raise Abort

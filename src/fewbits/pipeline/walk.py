@@ -62,8 +62,9 @@ class Walk:
         round_to(block, DTYPES[self.plan.dtype], set(recipes))
 
         def observe(stage: int, x: Tensor) -> None:
-            if any("gram" in recipes[n].solver.needs for n in stages[stage] if n in recipes):
-                stats.setdefault(stage, Stats.empty(x.shape[-1])).update(self._observed(x))
+            needs = frozenset().union(*(recipes[n].solver.needs for n in stages[stage] if n in recipes))
+            if needs:
+                self._observe(stats, stage, x, needs)
 
         def solve(stage: int) -> None:
             seen = stats.pop(stage, None)
@@ -135,8 +136,10 @@ class Walk:
         with torch.no_grad(), context:
             yield
 
-    def _observed(self, x: Tensor) -> Tensor:
-        return x.bfloat16() if self.plan.compute == "bf16" else x.float()
+    def _observe(self, stats: dict[int, Stats], stage: int, x: Tensor, needs: frozenset[str]) -> None:
+        if stage not in stats:
+            stats[stage] = Stats.empty(x.shape[-1], needs)
+        stats[stage].update(x.bfloat16() if self.plan.compute == "bf16" else x.float())
 
     def _transform(self, block: nn.Module, i: int, acts: Acts, recipes: Mapping[str, Recipe]) -> None:
         """Fit every transform at every site to the original block's statistics, then fold all of them in."""
@@ -147,7 +150,7 @@ class Walk:
         stats: dict[int, Stats] = {}
 
         def observe(stage: int, x: Tensor) -> None:
-            stats.setdefault(stage, Stats.empty(x.shape[-1])).update(self._observed(x))
+            self._observe(stats, stage, x, frozenset().union(*(t.needs for t in self.plan.transforms)))
 
         self._advance(block, i, acts, stages, observe, lambda s: None, keep=False)
         for transform in self.plan.transforms:

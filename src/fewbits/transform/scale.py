@@ -29,15 +29,16 @@ class Awq:
     steps: int = 21
     duo: bool = True
 
-    needs = frozenset({"gram"})
+    needs = frozenset({"gram", "abs"})
 
     def fit(self, consumers: Sequence[tuple[Tensor, Stats]], grid: Grid, share: Tensor | None = None) -> Diagonal:
         """The candidate with the least output error under round-to-nearest on ``grid``; see :class:`Transform`."""
         parts = by_stats(consumers)
         w = torch.cat([w for w, _ in parts])
-        total = sum((s.abssum for _, s in parts[1:]), parts[0][1].abssum) / max(1, sum(s.count for _, s in parts))
+        absmean = sum((s.absmean * s.count for _, s in parts), torch.zeros(w.shape[1]))
+        absmean = absmean / max(1, sum(s.count for _, s in parts))
         best = (torch.inf, torch.ones(w.shape[1]))
-        for s in self.candidates(w, total, grid.period, share):
+        for s in self.candidates(w, absmean, grid.period, share):
             scaled = w * s
             params = grid.fit(scaled)
             error = grid.decode(grid.encode(scaled, params), params).div_(s).sub_(w)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,17 +74,30 @@ def place(model: nn.Module, checkpoint: Checkpoint, layout: Layout) -> list[Plac
     return [_replace(model, target, m, modules[m], f"{m}.bias" in checkpoint) for m in modules]
 
 
-def fill(placed: Iterable[Placed], checkpoint: Checkpoint, layout: Layout) -> None:
-    """Read, unpack and prepack the weight of every layer. Raises CheckpointError."""
-    for p in placed:
-        q = layout.unpack(p.module, {suffix: checkpoint.tensor(f"{p.module}.{suffix}") for suffix in p.suffixes})
-        if q.shape != (p.layer.out_features, p.layer.in_features):
-            want = (p.layer.out_features, p.layer.in_features)
-            raise CheckpointError(f"{p.module} holds a weight of shape {q.shape}; the model needs {want}")
-        try:
-            p.layer.fill(q)
-        except FewbitsError as e:
-            raise CheckpointError(f"{p.module}: {e}") from e
+def fill(placed: Sequence[Placed], checkpoint: Checkpoint, layout: Layout) -> None:
+    """Read, unpack and prepack the weight of every layer. Raises CheckpointError.
+
+    Whole layers are shared out among torch's threads. Sharing out each of the many short steps of one layer instead
+    would make the threads meet thousands of times, and on a busy machine every meeting can cost a time slice.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for _ in pool.map(lambda p: _fill(p, checkpoint, layout), placed):
+                pass
+    finally:
+        torch.set_num_threads(threads)  # threads started from now on would take over the workers' number
+
+
+def _fill(p: Placed, checkpoint: Checkpoint, layout: Layout) -> None:
+    q = layout.unpack(p.module, {suffix: checkpoint.tensor(f"{p.module}.{suffix}") for suffix in p.suffixes})
+    if q.shape != (p.layer.out_features, p.layer.in_features):
+        want = (p.layer.out_features, p.layer.in_features)
+        raise CheckpointError(f"{p.module} holds a weight of shape {q.shape}; the model needs {want}")
+    try:
+        p.layer.fill(q)
+    except FewbitsError as e:
+        raise CheckpointError(f"{p.module}: {e}") from e
 
 
 def _replace(

@@ -22,12 +22,15 @@ from fewbits.transform.base import Diagonal
 
 @dataclass(frozen=True)
 class Awq:
-    """AWQ's scale search: ``steps`` exponents from 0 to 1 inclusive, each with and (``duo``) without the weights'
-    share.
+    """AWQ's scale search: ``steps`` exponents from 0 to 1 inclusive, each with and (``duo``) without the weights' part.
+
+    Candidates are compared on at most ``rows`` rows of the consumers, evenly spaced; the best of them must then beat
+    the identity on all rows.
     """
 
-    steps: int = 21
+    steps: int = 11
     duo: bool = True
+    rows: int = 1024
 
     needs = frozenset({"gram", "abs"})
 
@@ -35,18 +38,13 @@ class Awq:
         """The candidate with the least output error under round-to-nearest on ``grid``; see :class:`Transform`."""
         parts = by_stats(consumers)
         w = torch.cat([w for w, _ in parts])
-        absmean = sum((s.absmean * s.count for _, s in parts), torch.zeros(w.shape[1]))
-        absmean = absmean / max(1, sum(s.count for _, s in parts))
-        best = (torch.inf, torch.ones(w.shape[1]))
-        for s in self.candidates(w, absmean, grid.period, share):
-            scaled = w * s
-            params = grid.fit(scaled)
-            error = grid.decode(grid.encode(scaled, params), params).div_(s).sub_(w)
-            errors = error.split([len(part) for part, _ in parts])
-            value = sum(float(loss(e, stats.gram)) for e, (_, stats) in zip(errors, parts, strict=True))
-            if value < best[0]:
-                best = (value, s)
-        return Diagonal(best[1])
+        tokens = max(1, sum(s.count for _, s in parts))
+        absmean = sum((s.absmean * (s.count / tokens) for _, s in parts), torch.zeros(w.shape[1]))
+        few = [(part[:: -(-len(w) // self.rows)], stats) for part, stats in parts]
+        trials = [(output_error(few, grid, s), s) for s in self.candidates(w, absmean, grid.period, share)]
+        best, identity = min(trials, key=lambda t: t[0])[1], trials[0][1]
+        better = output_error(parts, grid, best) < output_error(parts, grid, identity)
+        return Diagonal(best if better else identity)
 
     def candidates(self, w: Tensor, absmean: Tensor, group: int, share: Tensor | None) -> Iterator[Tensor]:
         """Normalised scales, one per consumer column (equal where shared), the identity first."""
@@ -57,6 +55,16 @@ class Awq:
                 r = i / (self.steps - 1)
                 s = (a**r / family ** (1 - r)).clamp(min=1e-4)
                 yield s / (s.max() * s.min()).sqrt()
+
+
+def output_error(parts: Sequence[tuple[Tensor, Stats]], grid: Grid, s: Tensor) -> float:
+    """Squared error of the consumers' outputs when their weights are scaled by ``s`` and rounded to nearest."""
+    total = 0.0
+    for w, stats in parts:
+        scaled = w * s
+        params = grid.fit(scaled)
+        total += float(loss(grid.decode(grid.encode(scaled, params), params).div_(s).sub_(w), stats.gram))
+    return total
 
 
 def by_stats(consumers: Sequence[tuple[Tensor, Stats]]) -> list[tuple[Tensor, Stats]]:

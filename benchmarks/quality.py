@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=CELLS)
     args = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
+    Path(args.workdir).mkdir(parents=True, exist_ok=True)
     cells: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for cell in args.only:
         if cell in cells:

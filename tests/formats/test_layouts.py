@@ -209,7 +209,7 @@ REFUSALS = [
     ("gptq", Int(4, 32), (64, 100), "multiples of 8"),
     ("gptq", Int(3, 32), (48, 128), "multiples of 32"),
     ("awq", Int(3, 32), (64, 128), "3 bits have no place in it; allowed: 4"),
-    ("awq", Int(4, 128), (64, 576), "columns must be a multiple of the group size 128"),
+    ("awq", Int(4, 128), (64, 576), "columns in multiples of the group size 128; give --group-size 64"),
     ("awq", Int(4, 32), (60, 128), "rows must be a multiple of 8"),
     ("awq", Int(4, 32, scale="float32"), (64, 128), "float16 scales only"),
     ("compressed-tensors", Int(5, 32), (64, 128), "5 bits are not written in it"),

@@ -118,6 +118,25 @@ def test_special_values_come_through(level: str) -> None:
     assert torch.equal(big.isinf(), want.isinf())
 
 
+@pytest.mark.parametrize("scatter", [False, True])
+def test_stacked_rows_are_the_same_bits(level: str, scatter: bool) -> None:
+    a, b = weight(48, 100, 4, 32, scatter=scatter), weight(20, 100, 4, 32)
+    first, second = qlinear.pack_weight(*a), qlinear.pack_weight(*b[:5], a[5])
+    stacked = qlinear.stack([first, second])
+    assert stacked is not None
+    whole, views = stacked
+    for x in (torch.randn(1, 100), torch.randn(3, 100).bfloat16(), torch.randn(40, 100)):
+        want = [qlinear.matmul(x, p) for p in (first, second)]
+        assert all(torch.equal(qlinear.matmul(x, v), y) for v, y in zip(views, want, strict=True))
+        if len(x) <= qlinear.FUSED_ROWS:
+            assert torch.equal(qlinear.matmul(x, whole), torch.cat(want, -1))
+    assert torch.equal(qlinear.dequantize(whole), torch.cat([dense(a), dense((*b[:5], a[5]))]))
+    assert torch.equal(qlinear.unpack_weight(views[1])[0], b[0])
+    assert qlinear.stack([second, first]) is None  # 20 rows end inside a block
+    assert qlinear.stack([first, qlinear.pack_weight(*weight(16, 100, 3, 32, scatter=scatter))]) is None
+    assert (qlinear.stack([first, qlinear.pack_weight(*b)]) is None) == scatter
+
+
 def test_wrong_arguments() -> None:
     codes, scale, zero, bits, group, _ = weight(16, 64, 4, 32)
     with pytest.raises(RequestError, match="scale has shape"):

@@ -161,8 +161,9 @@ def test_refusals_leave_nothing_behind(llama, tmp_path):
     out.mkdir()
     with pytest.raises(RequestError, match="exists"):
         api.quantize(llama, out, **SMALL)
+    (tmp_path / "file").touch()
     with pytest.raises(RequestError, match="not a directory"):
-        api.quantize(llama, tmp_path / "no" / "where", **SMALL)
+        api.quantize(llama, tmp_path / "file" / "out", **SMALL)
 
 
 def test_overwrite_replaces_at_the_end(llama, tmp_path):

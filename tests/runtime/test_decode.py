@@ -70,7 +70,7 @@ def test_scaled_rotary_embeddings_and_biases(tmp_path: Path, rope: dict) -> None
 def test_dense_models_and_head_counts_that_do_not_stack(tmp_path: Path) -> None:
     model, _ = fewbits.load(tiny_model("qwen2", tmp_path / "dense", eos_token_id=None))
     assert ours(model, 30) == theirs(model, 30)
-    model = load("llama", tmp_path, hidden_size=60, num_attention_heads=3, num_key_value_heads=1)  # 20 rows share blocks
+    model = load("llama", tmp_path, hidden_size=60, num_attention_heads=3, num_key_value_heads=1)  # 20 rows of keys
     assert qlinear.stack([m._packed for m in (model.model.layers[0].self_attn.k_proj,) * 2]) is None
     assert ours(model, 30) == theirs(model, 30)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from typing import Annotated, Any
@@ -74,6 +75,7 @@ def load(model: str, dtype: str | None) -> tuple[Any, Any]:
     if dtype is not None and not isinstance(wanted, torch.dtype):
         raise RequestError(f"dtype {dtype!r} is unknown; give float32, bfloat16 or float16")
     loaded, tokenizer = load_checkpoint(model, dtype=wanted)
+    gc.freeze()  # else the interpreter takes apart hundreds of thousands of objects when it ends: a second or more
     if tokenizer is None:
         raise RequestError(f"{model} has no tokenizer; copy the tokenizer files of the original model into it")
     return loaded, tokenizer
@@ -96,6 +98,8 @@ def decode(model: Any, tokenizer: Any, ids: Any, how: tuple[int, float, int], st
     import torch
     from transformers import TextStreamer
 
+    from fewbits.runtime.decode import generate
+
     class Stream(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             stream.write(text + ("\n" if stream_end else ""))
@@ -103,13 +107,7 @@ def decode(model: Any, tokenizer: Any, ids: Any, how: tuple[int, float, int], st
 
     max_tokens, temperature, seed = how
     torch.manual_seed(seed)
-    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_tokens,
-        streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        **sampling,
-    )
-    return [int(i) for i in out[0, ids.shape[1] :]]
+    streamer = Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return generate(model, ids, max_tokens, temperature, streamer)

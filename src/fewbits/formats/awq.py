@@ -103,6 +103,6 @@ def _reasons(e: Entry, grid: Int) -> Iterator[str]:
     if e.shape[0] % 8:
         yield "rows must be a multiple of 8"
     if grid.group != -1 and e.shape[1] % grid.group:
-        yield f"columns must be a multiple of the group size {grid.group}; choose another, or format gptq or fewbits"
+        yield common.indivisible(e.shape[1], grid.group)
     if e.name.split(".")[-1] == "lm_head":
         yield "its readers keep lm_head dense; leave it out, or use format fewbits"

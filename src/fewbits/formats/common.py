@@ -133,3 +133,10 @@ def writer() -> str:
         return f"fewbits:{metadata.version('fewbits')}"
     except metadata.PackageNotFoundError:
         return "fewbits:0"
+
+
+def indivisible(columns: int, group: int) -> str:
+    """Why ``group`` does not fit ``columns``, and the largest power of two that does."""
+    fits = next(g for g in (128, 64, 32, 16, 8, 4, 2, 1) if columns % g == 0)
+    advice = f"give --group-size {fits}" if fits > 8 else "give --group-size -1"
+    return f"its readers want columns in multiples of the group size {group}; {advice}, or use format gptq or fewbits"

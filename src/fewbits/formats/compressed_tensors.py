@@ -149,7 +149,7 @@ def _reasons(e: Entry, grid: Int) -> Iterator[str]:
     if e.scattered:
         yield "groups must be consecutive columns (its readers dropped g_idx); use format gptq or fewbits"
     if grid.group != -1 and e.shape[1] % grid.group:
-        yield f"its readers want columns in multiples of the group size {grid.group}; use format gptq or fewbits"
+        yield common.indivisible(e.shape[1], grid.group)
 
 
 def _describe(grid: Int, targets: list[str]) -> dict[str, Any]:

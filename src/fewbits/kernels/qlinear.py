@@ -8,6 +8,7 @@ of ``x`` (decoding) are multiplied by the packed codes directly, which costs one
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,6 +145,27 @@ def dequantize(p: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     buffer = torch.empty(columns, blocks * ROWS, dtype=wide)
     p.handle.dequantize(buffer.data_ptr(), blocks * ROWS, 0, blocks, DTYPES[wide], torch.get_num_threads())
     return buffer[:, :out].t().to(dtype)
+
+
+def stack(parts: Sequence[PackedWeight]) -> tuple[PackedWeight, list[PackedWeight]] | None:
+    """Weights with the same columns as one ``[sum of outs, in]``, and each of them again as a view of it.
+
+    None when they differ in anything but rows, or when rows of one would share a block with rows of another.
+    """
+    first, outs = parts[0], [p.shape[0] for p in parts]
+    if len(parts) == 1:
+        return first, [first]
+    kinds = {(p.bits, p.shape[1], p.group, p.scale.dtype, p.order is None) for p in parts}
+    if len(kinds) > 1 or any(out % ROWS for out in outs[:-1]):
+        return None
+    if first.order is not None and any(p.order is None or not torch.equal(p.order, first.order) for p in parts):
+        return None
+    codes, scale, zero = (torch.cat([getattr(p, n) for p in parts]) for n in ("codes", "scale", "zero"))
+    bits, columns, group = first.bits, first.shape[1], first.group
+    whole = _rebuild(bits, (sum(outs), columns), group, codes, scale, zero, first.order)
+    blocks = [-(-out // ROWS) for out in outs]
+    pieces = zip(outs, codes.split([len(p.codes) for p in parts]), scale.split(blocks), zero.split(blocks), strict=True)
+    return whole, [_rebuild(bits, (out, columns), group, c, s, z, first.order) for out, c, s, z in pieces]
 
 
 def matmul(x: Tensor, p: PackedWeight, bias: Tensor | None = None) -> Tensor:

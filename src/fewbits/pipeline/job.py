@@ -231,6 +231,8 @@ class Job:
     def _room(self, folder: Path) -> None:
         """Refuse when the disk cannot hold the parts and the output."""
         size = self.source.checkpoint.size_bytes
+        while not folder.is_dir():
+            folder = folder.parent
         stored = sum(math.prod(e.shape) * (e.grid.cost(e.shape) if e.grid else 16) / 8 for e in self.entries)
         outside = sum(self.source.checkpoint.nbytes(n) for n in self.source.outside())
         needed, free = 2 * int(min(size, stored + outside)), shutil.disk_usage(folder).free

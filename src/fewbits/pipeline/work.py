@@ -28,8 +28,8 @@ class WorkDir:
         self.overwrite = overwrite
         if out.exists() and not overwrite:
             raise RequestError(f"{out} exists; choose another output, or give --overwrite to replace it")
-        if not out.parent.is_dir():
-            raise RequestError(f"{out.parent} is not a directory; create it first")
+        if out.parent.exists() and not out.parent.is_dir():
+            raise RequestError(f"{out.parent} is a file, not a directory; choose another output")
         if self.path.exists() and not resume and not overwrite:
             raise RequestError(f"{self.path} holds an unfinished run; --resume continues it, --overwrite starts again")
         self.resume = resume and self.path.exists()
@@ -38,7 +38,7 @@ class WorkDir:
         """Create or take over the directory. Raises RequestError when the unfinished run was another one."""
         if self.path.exists() and not self.resume:
             shutil.rmtree(self.path)
-        self.path.mkdir(exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held for the whole run
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

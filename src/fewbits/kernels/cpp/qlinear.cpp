@@ -280,6 +280,14 @@ void bind_qlinear(nb::module_& m) {
         const qlinear::Weight w{nullptr, nullptr, nullptr, nullptr, qlinear::Dtype::f32, bits, out, in, group, (in + group - 1) / group};
         return w.blocks() * w.block_words();
     });
+    using qlinear::Dtype;
+    using qlinear::pointer;
+    m.def("rms_norm", [](uintptr_t x, int64_t rows, int64_t size, int dtype, uintptr_t weight, uintptr_t out, float eps) {
+        qlinear::rms_norm({pointer<void>(x), rows, size, static_cast<Dtype>(dtype)}, pointer<void>(weight), pointer<void>(out), eps);
+    });
+    m.def("rotate", [](uintptr_t x, int64_t rows, int64_t size, int dtype, uintptr_t cosines, uintptr_t sines) {
+        qlinear::rotate({pointer<void>(x), rows, size, static_cast<Dtype>(dtype)}, pointer<void>(cosines), pointer<void>(sines));
+    });
     nb::class_<Packed>(m, "QLinear")
         .def(nb::init<int, int64_t, int64_t, int64_t, nb::tuple, int>())
         .def("pack", &Packed::pack, nb::call_guard<nb::gil_scoped_release>())

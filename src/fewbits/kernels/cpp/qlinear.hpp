@@ -76,6 +76,18 @@ struct Kernels {
     DequantizeFn dequantize;
 };
 
+// Contiguous rows of activations.
+struct Rows {
+    void* x;
+    int64_t rows, size;
+    Dtype dtype;
+};
+
+// out = x / sqrt(mean(x^2) + eps), rounded, times weight [size]; out may be x.
+void rms_norm(const Rows& r, const void* weight, void* out, float eps);
+// x = x * cosines + (x with its halves exchanged) * sines, in place; both [size], the first half of sines negated.
+void rotate(const Rows& r, const void* cosines, const void* sines);
+
 Kernels portable_kernels();
 Kernels avx2_kernels();
 Kernels avx512_kernels();

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewbits.kernels import qlinear
+from fewbits.kernels import qlinear, step
 from fewbits.runtime.linear import QuantLinear
 
 FAMILIES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
@@ -148,12 +148,12 @@ class Decoder:
         return out.logits[:, -1], cache
 
     def _angles(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines, and sines with the sign of ``rotate_half``: ``[length, 2, head size / 2]``."""
+        """Cosines, and sines with the sign of ``rotate_half``: ``[length, head size]``."""
         like = torch.empty(0, dtype=self.dtype)
         cos, sin = self.model.model.rotary_emb(like, torch.arange(length)[None])
         sin = sin[0].clone()
         sin[:, : sin.shape[1] // 2].neg_()
-        return cos[0].unflatten(1, (2, -1)), sin.unflatten(1, (2, -1))
+        return cos[0].contiguous(), sin
 
     def _step(self, token: int, n: int, cache: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """Scores after ``token`` at position ``n``, whose keys and values join the cache."""
@@ -201,14 +201,12 @@ class _Layer:
         queries = len(rows) - 2 * held
         turned = rows[: queries + held]
         if self.q_norm is not None and self.k_norm is not None:
-            turned = torch.cat([self.q_norm(turned[:queries]), self.k_norm(turned[queries:])])
-        turned = turned.view(queries + held, 2, -1)
-        turned = (turned * angles[0] + turned.flip(1) * angles[1]).view(1, -1, 1, self.size)
-        cache[0, :, :, n : n + 1] = turned[:, queries:]
-        cache[1, 0, :, n] = rows[queries + held :]
+            turned[:queries], turned[queries:] = self.q_norm(turned[:queries]), self.k_norm(turned[queries:])
+        step.rotate(turned, *angles)
+        cache.view(2 * held, -1, self.size)[:, n] = rows[queries:]
         seen = cache[:, :, :, : n + 1]
         mixed = F.scaled_dot_product_attention(
-            turned[:, :queries], seen[0], seen[1], scale=self.scale, enable_gqa=queries != held
+            rows[:queries].view(1, queries, 1, -1), seen[0], seen[1], scale=self.scale, enable_gqa=queries != held
         )
         h = h + self.o(mixed.view(1, -1))
         gate, up = self.gate_up(self.mlp_norm(h)).chunk(2, -1)
@@ -216,18 +214,8 @@ class _Layer:
 
 
 def _norm(m: Any) -> Step:
-    """RMSNorm as transformers rounds it: to the dtype of ``x`` before the weight."""
     weight, eps = m.weight.detach(), m.variance_epsilon
-    shape = (len(weight),)
-    if weight.dtype == torch.float32:
-        return lambda x: F.rms_norm(x, shape, weight, eps)
-
-    def norm(x: Tensor) -> Tensor:
-        wide = x.float()
-        factor = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        return (wide * factor).to(x.dtype).mul_(weight)
-
-    return norm
+    return lambda x: step.rms_norm(x, weight, eps)
 
 
 def _product(layers: Sequence[nn.Module], dtype: torch.dtype) -> Step:

@@ -56,7 +56,7 @@ def main() -> None:
         method, bits, group = cell.split(":")
         row = [method, f"{bits}, {group}", f"{c['bits_per_weight']:.2f}", f"{c['size_bytes'] / 1e6:.0f}"]
         row += [f"{c['perplexity']:.2f}", f"{c['kl_mean']:.3f}", f"{c['kl_p99']:.2f}", f"{c['top1']:.3f}"]
-        print("| " + " | ".join([*row, f"{c['seconds']:.0f}"]) + " |")
+        print("| " + " | ".join([*row, f"{c.get('seconds', 0):.0f}"]) + " |")
 
 
 if __name__ == "__main__":

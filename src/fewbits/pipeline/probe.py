@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.pipeline.walk import Walk
+from fewbits.solve.sweep import one_thread
 
 CHUNK = 256
 
@@ -30,12 +31,15 @@ class Probe:
 
     def original(self, i: int) -> None:
         """Move the reference past block ``i`` as it was."""
-        self.reference = self.walk.forward(self.walk.source.block(i), i, self.reference)
+        with one_thread():  # products of few rows round differently with the number of threads
+            self.reference = self.walk.forward(self.walk.source.block(i), i, self.reference)
 
     def quantized(self, i: int, stored: Mapping[str, Tensor]) -> None:
         """Move the other stream past block ``i`` as it was written."""
-        self.hidden = self.walk.forward(self.walk.restored(i, stored), i, self.hidden)
+        with one_thread():
+            self.hidden = self.walk.forward(self.walk.restored(i, stored), i, self.hidden)
 
+    @one_thread()
     def finish(self) -> dict[str, float]:
         """KL(P‖Q) in nats per token, top-1 agreement, and both perplexities, over every scored token."""
         tail = self.walk.source.tail()

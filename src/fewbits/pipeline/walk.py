@@ -23,7 +23,7 @@ from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.forward import run
 from fewbits.plan import Plan, Recipe
 from fewbits.solve import Nearest
-from fewbits.stats import Stats
+from fewbits.stats import Stats, loss
 from fewbits.tensor import Quantized
 
 Event = dict[str, Any]
@@ -178,11 +178,11 @@ def solve_one(w: Tensor, recipe: Recipe, stats: Stats | None) -> tuple[Quantized
     event: Event = {"bits_per_weight": q.bits_per_weight(), "shape": list(q.shape)} | dict(q.meta)
     if stats is not None and not starved:
         error = q.dense().sub_(w)
-        energy = float(((w @ stats.gram) * w).sum())
-        event["error"] = (max(0.0, float(((error @ stats.gram) * error).sum())) / energy) ** 0.5 if energy > 0 else 0.0
+        energy = float(loss(w, stats.gram))
+        event["error"] = (max(0.0, float(loss(error, stats.gram))) / energy) ** 0.5 if energy > 0 else 0.0
         event["tokens"] = stats.count
     else:
-        event["error"] = float((q.dense() - w).norm() / w.norm().clamp(min=1e-30))
+        event["error"] = float(_norm(q.dense() - w) / _norm(w).clamp(min=1e-30))
     if starved:
         event["fallback"] = "no token reached this layer: rounded to nearest"
     elif q.meta.get("damp", 0) > getattr(recipe.solver, "damp", 0) or q.meta.get("float64"):
@@ -190,6 +190,10 @@ def solve_one(w: Tensor, recipe: Recipe, stats: Stats | None) -> tuple[Quantized
             f"gram matrix nearly singular: float64 {bool(q.meta['float64'])}, damping {q.meta['damp']:g}"
         )
     return q, event
+
+
+def _norm(w: Tensor) -> Tensor:
+    return w.square().sum(1).sum().sqrt()
 
 
 def round_to(block: nn.Module, dtype: torch.dtype, quantized: set[str]) -> None:

@@ -11,6 +11,8 @@ The sweep never asks what kind of grid it rounds to: a block of columns is ``gri
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,7 +90,7 @@ def sweep(w: Tensor, U: Tensor, grid: Grid, params: Params, index: Tensor) -> tu
         code, e = grid.feedback(w[:, a:b], U[a:b, a:b], params, index[a:b])
         w[:, b:] -= e @ U[a:b, b:]
         codes.append(code)
-        loss += e.square().sum()
+        loss += e.square().sum(1).sum()
     return torch.cat(codes, 1), loss
 
 
@@ -102,8 +104,19 @@ def sweep_groups(w: Tensor, U: Tensor, grid: Grid, importance: Tensor | None) ->
         w[:, b:] -= e @ U[a:b, b:]
         codes.append(code)
         fitted.append(params)
-        loss += e.square().sum()
+        loss += e.square().sum(1).sum()
     return torch.cat(codes, 1), {k: torch.cat([p[k] for p in fitted], 1) for k in fitted[0]}, loss
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """LAPACK's blocking, hence its rounding, depends on the number of threads; a result must not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def inverse_factor(H: Tensor, dead: Tensor, damp: float) -> tuple[Tensor, dict[str, float]]:
@@ -125,7 +138,8 @@ def inverse_factor(H: Tensor, dead: Tensor, damp: float) -> tuple[Tensor, dict[s
             A = H.to(dtype, copy=True)
             A.diagonal().add_(damp * mean.to(dtype))
             A.diagonal()[dead] = mean.to(dtype)
-            L, failed = torch.linalg.cholesky_ex(A.flip(0, 1))
+            with one_thread():
+                L, failed = torch.linalg.cholesky_ex(A.flip(0, 1))
             if not int(failed) and bool(torch.isfinite(L.diagonal()).all()):
                 eye = torch.eye(len(H), dtype=dtype)
                 U = torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1).to(H.dtype)

@@ -49,7 +49,7 @@ char *scratch(std::int64_t bytes) {
 }
 
 // out is added to the block of G at (row, column); only the upper triangle matters here.
-void add_block(const GramJob &job, std::int64_t row, std::int64_t column, const float *out) {
+void add_block(const GramJob &job, int panel, std::int64_t row, std::int64_t column, const float *out) {
     const std::int64_t n = job.columns, rows = std::min<std::int64_t>(panel, n - row);
     const std::int64_t columns = std::min<std::int64_t>(panel, n - column);
     for (std::int64_t i = 0; i < rows; ++i) {
@@ -67,18 +67,19 @@ struct Packed {
 
 // One square of blocks: left panels [i0, i1) times right panels [j0, j1), blocks above or on the diagonal.
 void add_square(const GramJob &job, const Packed &packed, std::int64_t chunk, std::int64_t i0, std::int64_t j0) {
-    alignas(64) float out[panel * panel];
+    alignas(64) float out[widest_panel * widest_panel];
+    const int panel = packed.k.panel;
     const std::int64_t i1 = std::min(i0 + panels_per_task, packed.panels);
     const std::int64_t j1 = std::min(j0 + panels_per_task, packed.panels);
     for (std::int64_t j = j0; j < j1; ++j) {
         for (std::int64_t i = i0; i < std::min(i1, j + 1); ++i) {
             packed.k.multiply(packed.at(chunk, i), packed.at(chunk, j), out);
-            add_block(job, i * panel, j * panel, out);
+            add_block(job, panel, i * panel, j * panel, out);
         }
     }
 }
 
-void mirror(const GramJob &job, std::int64_t begin, std::int64_t end) {
+void mirror(const GramJob &job, int panel, std::int64_t begin, std::int64_t end) {
     const std::int64_t n = job.columns;
     for (std::int64_t block = 0; block < end; block += panel) {
         for (std::int64_t i = begin; i < end; ++i) {
@@ -92,6 +93,7 @@ void mirror(const GramJob &job, std::int64_t begin, std::int64_t end) {
 
 void add_gram(const GramJob &job, int threads) {
     const GramKernels &k = kernels(job.bfloat);
+    const int panel = k.panel;
     const std::int64_t panels = (job.columns + panel - 1) / panel;
     const std::int64_t squares = (panels + panels_per_task - 1) / panels_per_task;
     const std::int64_t chunk_bytes = panels * k.panel_bytes, chunks = (job.rows + k.depth - 1) / k.depth;
@@ -112,7 +114,7 @@ void add_gram(const GramJob &job, int threads) {
             if (k.leave) k.leave(saved);
         });
     }
-    parallel_for(job.columns, panel, threads, [&](std::int64_t b, std::int64_t e) { mirror(job, b, e); });
+    parallel_for(job.columns, panel, threads, [&](std::int64_t b, std::int64_t e) { mirror(job, panel, b, e); });
 }
 
 }  // namespace fewbits

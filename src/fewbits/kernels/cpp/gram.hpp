@@ -14,10 +14,11 @@ struct GramJob {
 
 void add_gram(const GramJob &job, int threads);
 
-constexpr int panel = 32;  // columns of x packed together
+constexpr int widest_panel = 48;
 
 struct GramKernels {
-    int depth;                // rows of x multiplied before the sums go to G
+    int panel;                 // columns of x packed together
+    int depth;                 // rows of x multiplied before the sums go to G
     std::int64_t panel_bytes;  // of one packed panel of `depth` rows
     // Packs rows [row, row + depth) of one panel's columns; what lies outside x becomes zero.
     void (*pack)(const GramJob &, std::int64_t row, std::int64_t column, void *packed);

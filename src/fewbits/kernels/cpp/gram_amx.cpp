@@ -10,6 +10,7 @@
 namespace fewbits {
 namespace {
 
+constexpr int panel = 32;
 constexpr int amx_depth = 512, tile_bytes = 1024, step_bytes = 4 * tile_bytes, steps = amx_depth / 32;
 
 struct TileConfig {
@@ -120,7 +121,7 @@ void amx_multiply(const void *left, const void *right, float *out) {
     __asm__ volatile("" : : : "memory");
 }
 
-const GramKernels amx_kernels = {amx_depth, steps * step_bytes, amx_pack, amx_multiply, amx_enter, amx_leave};
+const GramKernels amx_kernels = {panel, amx_depth, steps * step_bytes, amx_pack, amx_multiply, amx_enter, amx_leave};
 
 }  // namespace
 

@@ -16,7 +16,7 @@ from fewbits.model import rows as calibration_rows
 from fewbits.pipeline.job import Job, Result, default_compute
 from fewbits.plan import Calibration, Plan
 
-PROBE_TOKENS = 2048
+PROBE_TOKENS = 1024
 
 
 def quantize(

@@ -25,6 +25,7 @@ from fewbits.formats import Entry, Layout
 from fewbits.model import Source
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.card import card
+from fewbits.pipeline.memory import keep_freed_memory
 from fewbits.pipeline.probe import Probe
 from fewbits.pipeline.walk import DTYPES, Event, Walk, entries_of
 from fewbits.pipeline.work import WorkDir
@@ -86,6 +87,7 @@ class Job:
         resumed.
         """
         started = time.perf_counter()
+        keep_freed_memory()
         work = WorkDir(out, resume, overwrite)
         self._room(out.parent)
         work.start(self._identity(), self.plan.to_yaml())

@@ -17,16 +17,18 @@ from fewbits.solve import Exact, Nearest, Solver, Sweep
 from fewbits.transform import Awq, Transform
 
 CLIP = clip_ratios(0.7, 13)
+BNB = "bitsandbytes"
 
 
 @dataclass(frozen=True)
 class Method:
-    """One choice per axis, and what the method is in a sentence."""
+    """One choice per axis, what the method is in a sentence, and the format it is at home in."""
 
     summary: str
     grid: Grid
     solver: Solver
     transforms: tuple[Transform, ...] = ()
+    format: str = "compressed-tensors"
 
 
 METHODS: dict[str, Method] = {
@@ -55,6 +57,11 @@ METHODS: dict[str, Method] = {
     "mxfp6": Method("OCP microscaling, E2M3 in blocks of 32", NAMED_GRIDS["mxfp6"], Nearest()),
     "mxfp4": Method("OCP microscaling, E2M1 in blocks of 32", NAMED_GRIDS["mxfp4"], Nearest()),
     "nvfp4": Method("E2M1 in blocks of 16 with E4M3 scales", NAMED_GRIDS["nvfp4"], Nearest()),
+    "nf4": Method("NormalFloat in blocks of 64 (QLoRA)", NAMED_GRIDS["nf4"], Nearest(), format=BNB),
+    "nf4-dq": Method("the same with double quantization", NAMED_GRIDS["nf4-dq"], Nearest(), format=BNB),
+    "fp4": Method("bitsandbytes' 4-bit floats in blocks of 64", NAMED_GRIDS["fp4-bnb"], Nearest(), format=BNB),
+    "fp4-dq": Method("the same with double quantization", NAMED_GRIDS["fp4-bnb-dq"], Nearest(), format=BNB),
+    "llm-int8": Method("LLM.int8()'s weights: int8 by rows", NAMED_GRIDS["llm-int8"], Nearest(), format=BNB),
 }
 
 

@@ -3,7 +3,9 @@
 from fewbits.grids.base import Grid, Params, group_index, groups_of, spread, tied
 from fewbits.grids.minifloat import Float
 from fewbits.grids.named import NAMED_GRIDS
+from fewbits.grids.table import Table
 from fewbits.grids.uniform import Int, clip_ratios
+from fewbits.grids.vectorwise import Vectorwise
 
 __all__ = [
     "NAMED_GRIDS",
@@ -11,6 +13,8 @@ __all__ = [
     "Grid",
     "Int",
     "Params",
+    "Table",
+    "Vectorwise",
     "clip_ratios",
     "group_index",
     "groups_of",

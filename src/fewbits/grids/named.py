@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from fewbits.grids.base import Grid
 from fewbits.grids.minifloat import Float
+from fewbits.grids.table import Table
 from fewbits.grids.uniform import Int
+from fewbits.grids.vectorwise import Vectorwise
 
 MX, NV = {"group": 32, "scale": "e8m0"}, {"group": 16, "scale": "e4m3"}
 
@@ -22,4 +24,9 @@ NAMED_GRIDS: dict[str, Grid] = {
     "nvfp4": Float("e2m1", **NV),  # type: ignore[arg-type]
     "fp4-e2m1": Float("e2m1", 64),
     "fp4-e3m0": Float("e3m0", 64),
+    "nf4": Table("nf4", 64),
+    "nf4-dq": Table("nf4", 64, nested=True),
+    "fp4-bnb": Table("fp4", 64),
+    "fp4-bnb-dq": Table("fp4", 64, nested=True),
+    "llm-int8": Vectorwise(),
 }

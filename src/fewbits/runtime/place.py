@@ -22,7 +22,7 @@ from fewbits.runtime.linear import QuantLinear
 from fewbits.storage import Checkpoint
 
 # The tensor that every quantized module of a layout has.
-MARKS = frozenset({"qweight", "codes", "weight_packed", "weight_scale"})
+MARKS = frozenset({"qweight", "codes", "weight_packed", "weight_scale", "weight.absmax", "SCB"})
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,14 @@ from fewbits.errors import FewbitsError, RequestError
 from fewbits.runtime import place
 from fewbits.storage import Checkpoint
 
-FOREIGN = {"gptq": "gptqmodel", "awq": "gptqmodel", "compressed-tensors": "compressed_tensors"}
-"""Methods that transformers loads itself, and the package with which it runs them."""
+FOREIGN = {
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "compressed-tensors": "compressed_tensors",
+    "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",
+}
+"""Methods that transformers loads itself, as it names them, and the package with which it runs them."""
 
 
 class FewbitsConfig(QuantizationConfigMixin):
@@ -104,7 +110,7 @@ def takes(method: str, config: Mapping[str, Any]) -> bool:
     if wanted != "1" and torch.cuda.is_available() and importlib.util.find_spec(FOREIGN[method]) is not None:
         return False
     try:
-        formats.detect(dict(config) | {"quant_method": method})
+        formats.detect(dict(config) | {"quant_method": method.partition("_")[0]})
     except FewbitsError:
         return False
     return True

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fewbits.errors import RequestError
-from fewbits.kernels import qlinear
+from fewbits.kernels import _table, qlinear
 
 if not qlinear.available():
     pytest.skip("the C++ extension is not built", allow_module_level=True)
@@ -93,9 +93,11 @@ def test_no_result_depends_on_threads(level: str) -> None:
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("native_bf16", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_rows_go_through_tiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qlinear, "TILE_BLOCKS", 2)
+def test_many_rows_go_through_tiles(dtype: torch.dtype, native_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qlinear, "TILE_BLOCKS", dict.fromkeys(qlinear.TILE_BLOCKS, 2))
+    monkeypatch.setattr(_table, "multiplies_bf16", lambda: native_bf16)
     args = weight(200, 256, 3, 64, scatter=True)
     p, w, x, bias = qlinear.pack_weight(*args), dense(args), torch.randn(64, 256).to(dtype), torch.randn(200)
     exact = x.double() @ w.double().T
@@ -116,6 +118,44 @@ def test_special_values_come_through(level: str) -> None:
     big = qlinear.matmul(torch.full((1, 64), 60000.0, dtype=torch.float16), p)
     want = qlinear.reference_matmul(torch.full((1, 64), 60000.0, dtype=torch.float16), dense(args))
     assert torch.equal(big.isinf(), want.isinf())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [40, -1])
+def test_integers_are_multiplied_exactly(level: str, bits: int, group: int) -> None:
+    """Integers up to 2**14 in float32 and all the bytes in bfloat16: fixed-point activations lose nothing."""
+    codes, _, zero, *rest = weight(20, 300, bits, group)
+    scale = torch.ones(20, zero.shape[1])
+    p, w = qlinear.pack_weight(codes, scale, zero, *rest), qlinear.reference_dense(codes, scale, zero, group)
+    x = torch.randint(-256, 256, (3, 300)).float()
+    exact = x.double() @ w.double().T
+    assert torch.equal(qlinear.matmul(x, p).double(), exact)
+    assert torch.equal(qlinear.matmul(x.bfloat16(), p), exact.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", list(EPS))
+@pytest.mark.parametrize("outlier", [1e2, 1e4])
+def test_an_outlier_does_not_drown_its_group(level: str, dtype: torch.dtype, outlier: float) -> None:
+    """The outlier meets codes equal to the zero point, so the small activations alone make the output."""
+    codes, scale, zero, *rest = weight(32, 128, 4, 64)
+    codes[:, 7] = zero[:, 0]
+    p, w = qlinear.pack_weight(codes, scale, zero, *rest), qlinear.reference_dense(codes, scale, zero, 64)
+    x = torch.randn(1, 128).to(dtype)
+    x[0, 7] = outlier
+    exact = x.double() @ w.double().T
+    kept = x.double().abs()
+    kept[0, 7] = 0
+    bound = (kept @ w.double().abs().T).max()
+    assert (qlinear.matmul(x, p).double() - exact).abs().max() / bound < EPS[dtype] + outlier * 2e-8
+
+
+def test_tiny_and_huge_activations(level: str) -> None:
+    args = weight(16, 64, 4, 32)
+    p, w = qlinear.pack_weight(*args), dense(args)
+    for size in (1e-26, 1e-20, 1e20, 1e33):
+        x = torch.randn(1, 64) * size
+        exact, bound = x.double() @ w.double().T, (x.double().abs() @ w.double().abs().T).max()
+        assert (qlinear.matmul(x, p).double() - exact).abs().max() / bound < 4e-6
 
 
 @pytest.mark.parametrize("scatter", [False, True])

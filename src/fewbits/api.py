@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewbits import formats, methods
 from fewbits.errors import RequestError
+from fewbits.grids import Grid
 from fewbits.model import Source
 from fewbits.model import rows as calibration_rows
 from fewbits.pipeline.job import Job, Result, default_compute
@@ -24,6 +25,7 @@ def quantize(
     out: str | Path,
     *,
     method: str = "gptq",
+    grid: str | Grid | None = None,
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
@@ -44,7 +46,8 @@ def quantize(
 ) -> Result | Job:
     """Quantize a model into a checkpoint directory.
 
-    ``source`` is a transformers directory or a hub id; ``bits``, ``group_size`` and ``symmetric`` default to what the
+    ``source`` is a transformers directory or a hub id; ``grid`` a name of :data:`fewbits.grids.NAMED_GRIDS` or a grid
+    in place of the method's; ``bits``, ``group_size`` and ``symmetric`` default to what the
     method's paper uses (``group_size`` -1 is per channel); ``format`` is one of :data:`fewbits.formats.LAYOUTS`;
     ``calibration`` a text file, texts, or the name of a fetched asset; ``max_memory`` bytes for activations;
     ``compute`` "bf16" or "fp32" for the forward passes; ``dtype`` in which everything that is not quantized is
@@ -75,7 +78,7 @@ def quantize(
     if recipe is not None:
         plan = read_recipe(Path(recipe), common)
     else:
-        plan = methods.plan(method, bits, group_size, symmetric, **common)
+        plan = methods.plan(method, bits, group_size, symmetric, grid, **common)
     plan = plan.with_scales(layout.scale_dtype or kept)
     rows, held_out = _rows(opened, plan, calibration)
     job = Job.check(

@@ -1,15 +1,17 @@
 """The map of the field: every named method is one line, a choice of grid, solver and transforms.
 
-``--bits``, ``--group-size`` and ``--affine`` change the grid of the line; the defaults are those of the method's paper.
+``--grid`` puts another grid in its place, ``--bits``, ``--group-size`` and ``--affine`` change it where it has such
+options; the defaults are those of the method's paper.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from fewbits.errors import RequestError
-from fewbits.grids import Int, clip_ratios
+from fewbits.grids import NAMED_GRIDS, Grid, Int, clip_ratios
 from fewbits.plan import Plan, Recipe, Rule
 from fewbits.solve import Exact, Nearest, Solver, Sweep
 from fewbits.transform import Awq, Transform
@@ -22,7 +24,7 @@ class Method:
     """One choice per axis, and what the method is in a sentence."""
 
     summary: str
-    grid: Int
+    grid: Grid
     solver: Solver
     transforms: tuple[Transform, ...] = ()
 
@@ -46,6 +48,13 @@ METHODS: dict[str, Method] = {
         (Awq(),),
     ),
     "obq": Method("exact greedy elimination (layers up to 1024 inputs)", Int(4, -1), Exact()),
+    "fp8": Method("8-bit floats (E4M3), a scale per channel", NAMED_GRIDS["fp8"], Nearest()),
+    "fp8-block": Method("the same, a scale per 128 x 128 block", NAMED_GRIDS["fp8-block"], Nearest()),
+    "fp8-tensor": Method("the same, a scale per weight", NAMED_GRIDS["fp8-tensor"], Nearest()),
+    "mxfp8": Method("OCP microscaling, E4M3 in blocks of 32", NAMED_GRIDS["mxfp8"], Nearest()),
+    "mxfp6": Method("OCP microscaling, E2M3 in blocks of 32", NAMED_GRIDS["mxfp6"], Nearest()),
+    "mxfp4": Method("OCP microscaling, E2M1 in blocks of 32", NAMED_GRIDS["mxfp4"], Nearest()),
+    "nvfp4": Method("E2M1 in blocks of 16 with E4M3 scales", NAMED_GRIDS["nvfp4"], Nearest()),
 }
 
 
@@ -58,9 +67,44 @@ def method(name: str) -> Method:
     return METHODS[name]
 
 
-def plan(name: str, bits: int | None, group_size: int | None, symmetric: bool | None, **rest: object) -> Plan:
-    """The plan of a named method; None keeps the method's default."""
+def plan(
+    name: str,
+    bits: int | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    grid: str | Grid | None = None,
+    **rest: object,
+) -> Plan:
+    """The plan of a named method; None keeps the method's default. ``grid`` is a name or a grid of one's own."""
     m = method(name)
     given = {"bits": bits, "group": group_size, "symmetric": symmetric}
-    grid = replace(m.grid, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
-    return Plan(method=name, rules=(Rule("*", Recipe(grid, m.solver)),), transforms=m.transforms, **rest)  # type: ignore[arg-type]
+    chosen = m.grid if grid is None else searched(named(grid), m.grid) if isinstance(grid, str) else grid
+    chosen = altered(chosen, {k: v for k, v in given.items() if v is not None}, f"method {name!r}", grid)
+    return Plan(method=name, rules=(Rule("*", Recipe(chosen, m.solver)),), transforms=m.transforms, **rest)  # type: ignore[arg-type]
+
+
+def named(grid: str) -> Grid:
+    """A grid by name. Raises RequestError with the allowed names and the nearest one."""
+    if grid not in NAMED_GRIDS:
+        near = difflib.get_close_matches(grid, NAMED_GRIDS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RequestError(f"grid {grid!r} is unknown; allowed: {', '.join(NAMED_GRIDS)}{hint}")
+    return NAMED_GRIDS[grid]
+
+
+def searched(grid: Any, home: Any) -> Grid:
+    """``grid`` with a search for its scales where the method's own grid ``home`` has one."""
+    wanted = len(getattr(home, "ratios", ())) > 1 and hasattr(grid, "search")
+    return replace(grid, ratios=grid.search) if wanted else grid
+
+
+def altered(grid: Any, options: dict[str, Any], method: str, name: object = None) -> Grid:
+    """``grid`` with the options that differ from it. Raises RequestError for one that it does not leave open."""
+    options = {k: v for k, v in options.items() if getattr(grid, k, None) != v}
+    fixed = [k for k in options if k not in {f.name for f in fields(grid)}]
+    if fixed:
+        whose = method if name is None else f"grid {name if isinstance(name, str) else type(name).__name__!r}"
+        has = getattr(grid, fixed[0], None)
+        is_ = "has no such option" if has is None else f"has {has}"
+        raise RequestError(f"{fixed[0]} {options[fixed[0]]!r} given, but {whose} {is_}; leave it out")
+    return replace(grid, **options)

@@ -18,11 +18,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fewbits.errors import RequestError
-from fewbits.grids import Grid, Int
+from fewbits.grids import Float, Grid, Int
+from fewbits.grids.uniform import SCALE_DTYPES
 from fewbits.solve import Exact, Nearest, Solver, Sweep
 from fewbits.transform import Awq, Transform
 
-KINDS: dict[str, type] = {"int": Int, "nearest": Nearest, "sweep": Sweep, "exact": Exact, "awq": Awq}
+KINDS: dict[str, type] = {"int": Int, "float": Float, "nearest": Nearest, "sweep": Sweep, "exact": Exact, "awq": Awq}
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ class Plan:
         return frozenset().union(*solvers, *(t.needs for t in self.transforms))
 
     def with_scales(self, dtype: str) -> Plan:
-        """The same plan with every scale stored in ``dtype``."""
+        """The same plan with every scale of 16 or 32 bits stored in ``dtype``; smaller ones are what their grid is."""
 
         def stored(recipe: Recipe | None) -> Recipe | None:
-            if recipe is None or not hasattr(recipe.grid, "scale"):
+            if recipe is None or getattr(recipe.grid, "scale", None) not in SCALE_DTYPES:
                 return recipe
             return dataclasses.replace(recipe, grid=dataclasses.replace(recipe.grid, scale=dtype))  # type: ignore[type-var]
 

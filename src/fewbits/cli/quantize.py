@@ -17,6 +17,9 @@ def command(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A transformers directory or a hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
     method: Annotated[str, typer.Option(help="rtn, gptq, awq, ...")] = "gptq",
+    grid: Annotated[
+        str | None, typer.Option(help="Numbers in place of the method's: fp8, mxfp4, nvfp4, int4, ...")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits per code; default: the method's own.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is a whole row.")] = None,
     symmetric: Annotated[
@@ -74,9 +77,10 @@ def command(
     if max_kl is not None and not max_kl >= 0:
         raise RequestError(f"--max-kl {max_kl} is not a limit; give a number of nats, 0 or more")
     memory = size(max_memory, "--max-memory")
-    known(method, format)
+    known(method, format, grid)
     options: dict[str, Any] = {
         "method": method,
+        "grid": grid,
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
@@ -102,14 +106,17 @@ def command(
     gate(src, out, result, max_kl, (eval_text, eval_ctx, eval_windows), as_json)
 
 
-def known(method: str, format: str | None) -> None:
-    """RequestError for a method or a format that does not exist, before anything is loaded."""
+def known(method: str, format: str | None, grid: str | None = None) -> None:
+    """RequestError for a method, a format or a grid that does not exist, before anything is loaded."""
     from fewbits.formats import LAYOUTS
+    from fewbits.grids import NAMED_GRIDS
     from fewbits.methods import METHODS
 
     choice(method, METHODS, "method")
     if format is not None:
         choice(format, LAYOUTS, "format")
+    if grid is not None:
+        choice(grid, NAMED_GRIDS, "grid")
 
 
 def readable(text: str | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from fewbits.storage import Checkpoint
 
 # Two-dimensional weights that are looked up or tied to a lookup: not linear layers of the decoder.
 _NOT_LINEAR = ("embed", "wte", "wpe", "lm_head")
+SEARCH = frozenset({"ratios", "norm", "rule", "quantile", "peak"})
+"""Fields of grids that say how parameters were found, not what they are."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,7 @@ def _quantized(checkpoint: Checkpoint, quantization: dict[str, Any], check: bool
     from fewbits import formats
 
     layout = formats.detect(quantization)
-    parts: dict[str, list[str]] = defaultdict(list)
-    for name in checkpoint.names():
-        module, _, suffix = name.rpartition(".")
-        if suffix in layout.suffixes:
-            parts[module].append(suffix)
+    parts = formats.modules(checkpoint.names(), layout)
     known: dict[tuple[Any, ...], tuple[tuple[int, int], str, float]] = {}
     modules = []
     for module, suffixes in parts.items():
@@ -137,7 +134,7 @@ def describe(grid: Any) -> str:
     """A grid in a few words: its class and the fields that differ from the defaults, search settings left out."""
     if not is_dataclass(grid):
         return str(grid)
-    facts = {f.name: getattr(grid, f.name) for f in fields(grid) if f.name not in ("ratios", "norm")}
+    facts = {f.name: getattr(grid, f.name) for f in fields(grid) if f.name not in SEARCH}
     return f"{type(grid).__name__.lower()}({', '.join(f'{k}={v}' for k, v in facts.items())})"
 
 

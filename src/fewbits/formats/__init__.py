@@ -6,7 +6,7 @@ To write: ``layout = writer("gptq", entries)``, then ``layout.pack`` for every m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fewbits.errors import Refused, RequestError
@@ -39,6 +39,20 @@ def writer(name: str, entries: Sequence[Entry]) -> Layout:
     layout = get(name)
     require(layout, entries)
     return type(layout).read(layout.config(entries))
+
+
+def modules(names: Iterable[str], layout: Layout) -> dict[str, tuple[str, ...]]:
+    """Modules that have tensors of ``layout``, by path, each with the last parts of their names.
+
+    A ``weight`` alone is a dense module.
+    """
+    longest = sorted(layout.suffixes, key=len, reverse=True)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        suffix = next((s for s in longest if name.endswith("." + s)), None)
+        if suffix is not None:
+            found.setdefault(name[: -len(suffix) - 1], []).append(suffix)
+    return {module: tuple(suffixes) for module, suffixes in found.items() if suffixes != ["weight"]}
 
 
 def require(layout: Layout, entries: Sequence[Entry]) -> None:
@@ -100,6 +114,7 @@ __all__ = [
     "Refusal",
     "detect",
     "get",
+    "modules",
     "require",
     "warnings",
     "writer",

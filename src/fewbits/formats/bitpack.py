@@ -63,6 +63,17 @@ def unpack(packed: Tensor, bits: int, count: int, dim: int = -1) -> Tensor:
     return codes.reshape(*rows.shape[:-1], blocks * 8)[..., :count].movedim(-1, dim).contiguous()
 
 
+def to_bytes(codes: Tensor, bits: int) -> Tensor:
+    """The bitstream of each row of ``codes [rows, n]`` as uint8 ``[rows, n*bits/8]``; ``n * bits`` a multiple of 8."""
+    return pack(codes, bits).view(torch.uint8)[:, : codes.shape[1] * bits // 8].contiguous()
+
+
+def from_bytes(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of :func:`to_bytes`: uint8 ``[rows, n]``."""
+    words = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 4)).contiguous().view(torch.int32)
+    return unpack(words, bits, packed.shape[1] * 8 // bits)
+
+
 def pack_awq(codes: Tensor) -> Tensor:
     """4-bit ``codes [rows, n]`` with ``n % 8 == 0`` as AWQ words int32 ``[rows, n/8]``. Codes 0..7 give 0x75316420."""
     return pack(codes.reshape(codes.shape[0], -1, 8)[..., AWQ_ORDER].reshape(codes.shape), 4)

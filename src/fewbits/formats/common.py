@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -12,32 +13,37 @@ from torch import Tensor
 
 from fewbits.errors import CheckpointError, RequestError
 from fewbits.formats.base import Entry, Refusal
-from fewbits.grids import Int, Params, group_index, groups_of
+from fewbits.grids import Grid, Int, Params, group_index, groups_of
 from fewbits.tensor import Quantized
 
 T = TypeVar("T")
+G = TypeVar("G", bound=Grid)
 
 
-def stored(grid: Int) -> Int:
+_SEARCH = frozenset({"ratios", "norm", "rule", "quantile", "peak"})
+
+
+def stored(grid: G) -> G:
     """The part of a grid that a file holds: how its parameters were searched for is not stored anywhere."""
-    return Int(grid.bits, grid.group, grid.rows, grid.symmetric, grid.scale)
+    known: Any = grid
+    return replace(known, **{f.name: f.default for f in fields(known) if f.name in _SEARCH})  # type: ignore[no-any-return]
 
 
 def usual(grids: Iterable[Int]) -> Int | None:
     """The grid that most modules have; None without any."""
-    counted = Counter(map(stored, grids)).most_common(1)
+    counted = Counter(stored(g) for g in grids).most_common(1)
     return counted[0][0] if counted else None
 
 
-def refusals(entries: Sequence[Entry], rule: Callable[[Entry, Int], Iterator[str]]) -> list[Refusal]:
-    """``rule`` applied to every entry with a uniform grid; other grids and residuals are refused."""
+def refusals(entries: Sequence[Entry], rule: Callable[[Entry, Any], Iterator[str]], kind: type = Int) -> list[Refusal]:
+    """``rule`` applied to every entry whose grid is of ``kind``; other grids and residuals are refused."""
     found = []
     for e in entries:
         if e.residual is not None:
             found.append(
                 Refusal(e.name, f"it has no place for a {e.residual} part beside the codes; use format fewbits")
             )
-        if isinstance(e.grid, Int):
+        if isinstance(e.grid, kind):
             found += [Refusal(e.name, reason) for reason in rule(e, e.grid)]
         elif e.grid is not None:
             found.append(

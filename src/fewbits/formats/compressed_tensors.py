@@ -1,4 +1,5 @@
-"""compressed-tensors, format "pack-quantized", as vLLM and transformers read it: codes packed along the inputs.
+"""compressed-tensors, as vLLM and transformers read it. Floating-point grids lie as ``ct_float.py`` says; integers are
+"pack-quantized", codes packed along the inputs:
 
     weight_packed      int32 [out, ceil(in*b/32)]   code, least significant first
     weight_shape       int64 [2]                    (out, in)
@@ -12,6 +13,7 @@ again: what lies on disk is the unsigned code and the unsigned zero point. The p
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -20,33 +22,56 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import CheckpointError, RequestError
-from fewbits.formats import bitpack, common
+from fewbits.formats import bitpack, common, ct_float
 from fewbits.formats.base import Entry, Refusal
-from fewbits.grids import Int, groups_of
+from fewbits.grids import Float, Int, groups_of
 from fewbits.tensor import Quantized
 
 # Written as one dense bitstream; for 3 bits only recent releases of the library read that. vLLM runs 4 and 8.
 BITS = (2, 3, 4, 8)
 _STRATEGIES = ("tensor", "channel", "group")
+PACKED, MIXED = "pack-quantized", "mixed-precision"
+FORMATS = (PACKED, *ct_float.FORMS)
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """What a config_group says: the weights' grid, and how the weights lie on disk."""
+
+    grid: Int | Float
+    format: str
+
+    @classmethod
+    def of(cls, grid: Int | Float) -> Scheme:
+        """The one in which weights on ``grid`` are written."""
+        form = ct_float.form_of(grid) if isinstance(grid, Float) else PACKED
+        return cls(common.stored(grid), form or PACKED)
 
 
 @dataclass(frozen=True)
 class CompressedTensors:
-    """``schemes`` are (target, grid) in the library's order: names, then regular expressions, then module classes."""
+    """``schemes`` are (target, scheme) in the library's order: names, then regular expressions, then module classes."""
 
-    schemes: tuple[tuple[str, Int], ...] = ()
+    schemes: tuple[tuple[str, Scheme], ...] = ()
 
     name: ClassVar[str] = "compressed-tensors"
     scale_dtype: ClassVar[str | None] = None
     suffixes: ClassVar[frozenset[str]] = frozenset(
-        {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
+        {"weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
+        | {"weight_global_scale"}
     )
 
     def check(self, entries: Sequence[Entry]) -> list[Refusal]:
-        return common.refusals(entries, _reasons)
+        floats = [e for e in entries if isinstance(e.grid, Float)]
+        found = common.refusals([e for e in entries if not isinstance(e.grid, Float)], _reasons)
+        return found + common.refusals(floats, ct_float.reasons, Float)
 
     def pack(self, name: str, q: Quantized) -> dict[str, Tensor]:
         """See the file's head. Raises RequestError when ``q`` is not what :meth:`check` let through."""
+        if isinstance(q.grid, Float):
+            if reasons := list(ct_float.reasons(Entry(name, q.shape, q.grid, "g_idx" in q.params), q.grid)):
+                raise RequestError(f"{name}: format compressed-tensors cannot store it: {reasons[0]}")
+            return ct_float.pack(name, q, q.grid)
         grid = common.integer(q, name, self.name)
         if reasons := list(_reasons(Entry(name, q.shape, grid, "g_idx" in q.params), grid)):
             raise RequestError(f"{name}: format compressed-tensors cannot store it: {reasons[0]}")
@@ -61,51 +86,34 @@ class CompressedTensors:
         return found
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor]) -> Quantized:
-        grid = self._grid(name)
-        out, columns = _shape(name, tensors)
-        dense, padded = bitpack.words(columns, grid.bits), -(-columns // (32 // grid.bits))
-        packed = common.tensor(name, tensors, "weight_packed", (torch.int32,), None)
-        if tuple(packed.shape) not in ((out, dense), (out, padded)):
-            raise CheckpointError(
-                f"tensor {name}.weight_packed has shape {list(packed.shape)}; expected {[out, dense]}"
-            )
-        groups = groups_of(columns, grid.group)
-        shape: tuple[int, ...] = (1,) if grid.rows == -1 else (out, groups)
-        scale = common.tensor(name, tensors, "weight_scale", common.SCALES, None)
-        if grid.rows == -1:
-            shape = tuple(scale.shape) if scale.numel() == 1 else (1,)
-        common.tensor(name, tensors, "weight_scale", common.SCALES, shape)
-        params = {"scale": common.finite(name, "weight_scale", scale).reshape(-1, groups).contiguous()}
-        if not grid.symmetric:
-            params["zero"] = _unpack_zero(name, tensors, grid, (out, groups))
-        if "weight_g_idx" in tensors:
-            g_idx = common.tensor(name, tensors, "weight_g_idx", (torch.int32, torch.int64), (columns,))
-            params |= common.scattered(name, g_idx, grid.group, groups)
-        codes = _codes(packed, grid.bits, columns, packed.shape[1] == dense)
-        return Quantized(replace(grid, scale=common.SCALES[scale.dtype]), codes, params)
+        scheme = self._scheme(name)
+        if isinstance(scheme.grid, Float):
+            return ct_float.unpack(name, tensors, scheme.grid)
+        return _unpack(name, tensors, scheme.grid)
 
-    def _grid(self, name: str) -> Int:
-        for target, grid in self.schemes:
+    def _scheme(self, name: str) -> Scheme:
+        for target, scheme in self.schemes:
             if (
                 target == name
                 or (target.startswith("re:") and re.match(target[3:], name))
                 or target in ("Linear", "Embedding")
             ):
-                return grid
+                return scheme
         raise CheckpointError(f"{name} is packed, but no config_group of quantization_config targets it")
 
     def config(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        grids = {e.name: common.stored(e.grid) for e in entries if isinstance(e.grid, Int)}
-        usual = common.usual(grids.values())
-        others = [g for g in dict.fromkeys(grids.values()) if g != usual]
-        groups = [_describe(g, [n for n in grids if grids[n] == g]) for g in others]
+        schemes = {e.name: Scheme.of(e.grid) for e in entries if isinstance(e.grid, (Int, Float))}
+        usual = next((s for s, _ in Counter(schemes.values()).most_common(1)), None)
+        others = [s for s in dict.fromkeys(schemes.values()) if s != usual]
+        groups = [_describe(s, [n for n in schemes if schemes[n] == s]) for s in others]
         groups += [_describe(usual, ["Linear"])] if usual else []
         ignore = [e.name for e in entries if e.grid is None]
         # A tied output layer is no tensor of the checkpoint, yet it is a Linear of the model.
         ignore += [] if any(e.name.split(".")[-1] == "lm_head" for e in entries) else ["lm_head"]
+        forms = {s.format for s in schemes.values()} or {PACKED}
         found = {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": forms.pop() if len(forms) == 1 else MIXED,
             "quantization_status": "compressed",
             "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
             "ignore": ignore,
@@ -114,31 +122,55 @@ class CompressedTensors:
         }
         # transformers (5.23 with compressed-tensors 0.20) prepares packed modules without packing their zero points and
         # cannot load affine ones, but it can dequantize them while loading. vLLM passes over this key.
-        return found if all(g.symmetric for g in grids.values()) else found | {"dequantize": True}
+        affine = any(isinstance(s.grid, Int) and not s.grid.symmetric for s in schemes.values())
+        return found | {"dequantize": True} if affine else found
 
     def files(self, entries: Sequence[Entry]) -> dict[str, str]:
         return {}
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> CompressedTensors:
-        common.setting(config, ("format",), lambda v: v == "pack-quantized", None)
+        form = common.setting(config, ("format",), lambda v: v in (*FORMATS, MIXED), PACKED)
         groups = config.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             raise CheckpointError("quantization_config has no config_groups; the configuration is damaged")
-        schemes: list[tuple[str, Int]] = []
+        schemes: list[tuple[str, Scheme]] = []
         for label, group in groups.items():
             if not isinstance(group, Mapping) or not isinstance(group.get("weights"), Mapping):
                 raise CheckpointError(
                     f"quantization_config: config_group {str(label)[:80]!r} has no weights that can be read"
                 )
-            common.setting(group, ("format",), lambda v: v == "pack-quantized", None)
+            own = common.setting(group, ("format",), lambda v: v in FORMATS, form)
             common.setting(group, ("input_activations", "output_activations"), lambda v: not v, None)
             targets = group.get("targets")
             if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
                 raise CheckpointError(f"quantization_config: config_group {str(label)[:80]!r} has no list of targets")
-            grid = _parse(group["weights"])
-            schemes += [(target, grid) for target in targets]
+            scheme = Scheme(_grid(own, label, group["weights"]), own)
+            schemes += [(target, scheme) for target in targets]
         return cls(tuple(sorted(schemes, key=lambda s: _specific(s[0]))))
+
+
+def _unpack(name: str, tensors: Mapping[str, Tensor], grid: Int) -> Quantized:
+    """A weight in format pack-quantized."""
+    out, columns = _shape(name, tensors)
+    dense, padded = bitpack.words(columns, grid.bits), -(-columns // (32 // grid.bits))
+    packed = common.tensor(name, tensors, "weight_packed", (torch.int32,), None)
+    if tuple(packed.shape) not in ((out, dense), (out, padded)):
+        raise CheckpointError(f"tensor {name}.weight_packed has shape {list(packed.shape)}; expected {[out, dense]}")
+    groups = groups_of(columns, grid.group)
+    shape: tuple[int, ...] = (1,) if grid.rows == -1 else (out, groups)
+    scale = common.tensor(name, tensors, "weight_scale", common.SCALES, None)
+    if grid.rows == -1:
+        shape = tuple(scale.shape) if scale.numel() == 1 else (1,)
+    common.tensor(name, tensors, "weight_scale", common.SCALES, shape)
+    params = {"scale": common.finite(name, "weight_scale", scale).reshape(-1, groups).contiguous()}
+    if not grid.symmetric:
+        params["zero"] = _unpack_zero(name, tensors, grid, (out, groups))
+    if "weight_g_idx" in tensors:
+        g_idx = common.tensor(name, tensors, "weight_g_idx", (torch.int32, torch.int64), (columns,))
+        params |= common.scattered(name, g_idx, grid.group, groups)
+    codes = _codes(packed, grid.bits, columns, packed.shape[1] == dense)
+    return Quantized(replace(grid, scale=common.SCALES[scale.dtype]), codes, params)
 
 
 def _reasons(e: Entry, grid: Int) -> Iterator[str]:
@@ -152,9 +184,17 @@ def _reasons(e: Entry, grid: Int) -> Iterator[str]:
         yield common.indivisible(e.shape[1], grid.group)
 
 
-def _describe(grid: Int, targets: list[str]) -> dict[str, Any]:
+def _describe(scheme: Scheme, targets: list[str], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A config_group; ``inputs`` is its ``input_activations``."""
+    grid = scheme.grid
+    weights = ct_float.describe(grid) if isinstance(grid, Float) else _weights(grid)
+    found = {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}
+    return found if scheme.format == PACKED and inputs is None else found | {"format": scheme.format}
+
+
+def _weights(grid: Int) -> dict[str, Any]:
     strategy = "tensor" if grid.rows == -1 else "channel" if grid.group == -1 else "group"
-    weights = {
+    return {
         "num_bits": grid.bits,
         "type": "int",
         "symmetric": grid.symmetric,
@@ -162,7 +202,12 @@ def _describe(grid: Int, targets: list[str]) -> dict[str, Any]:
         "group_size": grid.group if strategy == "group" else None,
         "dynamic": False,
     }
-    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+
+
+def _grid(form: str, label: object, weights: Mapping[str, Any]) -> Int | Float:
+    if form == MIXED:
+        raise CheckpointError(f"quantization_config: config_group {str(label)[:80]!r} does not say its format")
+    return _parse(weights) if form == PACKED else ct_float.parse(weights, form)
 
 
 def _parse(weights: Mapping[str, Any]) -> Int:

@@ -22,7 +22,7 @@ from torch import Tensor
 from fewbits.errors import CheckpointError, RequestError
 from fewbits.formats import bitpack, common
 from fewbits.formats.base import Entry, Refusal
-from fewbits.grids import Grid, Int, groups_of
+from fewbits.grids import Float, Grid, Int, groups_of
 from fewbits.tensor import Quantized
 
 VERSION = 1
@@ -60,8 +60,16 @@ def _int_reasons(g: Int, shape: tuple[int, int]) -> Iterator[str]:
         yield f"rows must be a multiple of the {g.rows} that share a scale"
 
 
+def _float_params(g: Float, shape: tuple[int, int]) -> dict[str, Spec]:
+    found = {"scale": Spec(g.tiles(shape), g.dtype), "g_idx": Spec((shape[1],), torch.int32, optional=True)}
+    return found | ({"global": Spec((1,), torch.float32)} if g.scale == "e4m3" else {})
+
+
 KINDS: dict[str, Kind] = {
-    "Int": Kind(Int, ("bits", "group", "rows", "symmetric", "scale"), lambda g: g.bits, _int_params, _int_reasons)
+    "Int": Kind(Int, ("bits", "group", "rows", "symmetric", "scale"), lambda g: g.bits, _int_params, _int_reasons),
+    "Float": Kind(
+        Float, ("element", "group", "rows", "scale"), lambda g: g.bits, _float_params, lambda g, shape: iter(())
+    ),
 }
 
 
@@ -73,7 +81,7 @@ class Fewbits:
 
     name: ClassVar[str] = "fewbits"
     scale_dtype: ClassVar[str | None] = "float16"
-    suffixes: ClassVar[frozenset[str]] = frozenset({"codes", "scale", "zero", "g_idx"})
+    suffixes: ClassVar[frozenset[str]] = frozenset({"codes", "scale", "zero", "g_idx", "global"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_name", {name: (grid, shape) for name, grid, shape in self.modules})
@@ -205,7 +213,9 @@ def _load(name: str, tensors: Mapping[str, Tensor], key: str, spec: Spec) -> Ten
         packed = common.tensor(name, tensors, key, (torch.int32,), (bitpack.words(count, spec.bits),))
         return bitpack.unpack(packed, spec.bits, count).reshape(spec.shape)
     found = common.tensor(name, tensors, key, (spec.dtype,), spec.shape)
-    return common.finite(name, key, found) if spec.dtype.is_floating_point else found
+    if spec.dtype.is_floating_point:
+        common.finite(name, key, found.float())
+    return found
 
 
 def _checked(name: str, g_idx: Tensor, groups: int) -> Tensor:

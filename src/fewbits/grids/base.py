@@ -7,7 +7,8 @@ shape ``[out, groups]`` is per group, ``[out, 1]`` per row, ``[1, 1]`` per tenso
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -72,6 +73,14 @@ def feedback(grid: Grid, w: Tensor, u: Tensor, p: Params, index: Tensor) -> tupl
         codes.append(code)
         errors.append(e)
     return torch.cat(codes, 1), torch.cat(errors, 1)
+
+
+def tied(grid: Any, weights: Sequence[Tensor]) -> Any:
+    """``grid`` with what ``weights`` share beyond their own parameters settled: NVFP4's ``global``, one for all members
+    that servers fuse into one matrix. Grids without a method ``tied`` have nothing to settle.
+    """
+    settle = getattr(grid, "tied", None)
+    return grid if settle is None else settle(weights)
 
 
 def groups_of(columns: int, group: int) -> int:

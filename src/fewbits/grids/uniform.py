@@ -62,6 +62,11 @@ class Int:
         return self.group
 
     @property
+    def search(self) -> tuple[tuple[float, float], ...]:
+        """``ratios`` worth trying."""
+        return clip_ratios(0.7, 13)
+
+    @property
     def levels(self) -> int:
         """Number of codes."""
         return 2**self.bits

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.formats import Entry, Layout
+from fewbits.grids import tied
 from fewbits.model import Site, Source, fold, get_weight, set_weight
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.forward import run
@@ -59,6 +60,7 @@ class Walk:
         stages = self.source.stages(block)
         if acts is not None:
             self._transform(block, i, acts, recipes)
+        recipes = settled(block, recipes, self.source.ties(block))
         round_to(block, DTYPES[self.plan.dtype], set(recipes))
 
         def observe(stage: int, x: Tensor) -> None:
@@ -163,6 +165,23 @@ class Walk:
                     fitted.append((site, site.reduce(transform.fit(weights, recipes[readers[0]].grid, share).s)))
             for site, s in fitted:
                 fold(block, site, s)
+
+
+def settled(block: nn.Module, recipes: Mapping[str, Recipe], ties: Sequence[Sequence[str]]) -> dict[str, Recipe]:
+    """``recipes`` with what several weights share settled, before any of them is solved.
+
+    Members of a tie that have one grid settle it together; every other weight does so alone.
+    """
+    parties: list[list[str]] = []
+    for tie in ties:
+        grids = dict.fromkeys(recipes[n].grid for n in tie if n in recipes)
+        parties += [[n for n in tie if n in recipes and recipes[n].grid == grid] for grid in grids]
+    parties += [[n] for n in recipes if not any(n in p for p in parties)]
+    found: dict[str, Recipe] = {}
+    for party in parties:
+        grid = tied(recipes[party[0]].grid, [get_weight(block.get_submodule(n)) for n in party])
+        found |= {n: replace(recipes[n], grid=grid) for n in party}
+    return found
 
 
 def solve_one(w: Tensor, recipe: Recipe, stats: Stats | None) -> tuple[Quantized, Event]:

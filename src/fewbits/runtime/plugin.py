@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ class FewbitsQuantizer(HfQuantizer):
             raise RequestError("a quantized model is loaded from its directory; a state_dict alone is not enough")
         self._checkpoint = _open(checkpoint_files)
         self._placed = place.place(model, self._checkpoint, self.layout)
-        suffixes = "|".join(sorted(self.layout.suffixes))
+        suffixes = "|".join(map(re.escape, sorted(self.layout.suffixes - {"weight"})))
         ignored = {rf"\.({suffixes})$"}  # every one of them has its layer, else `place` had raised
+        if named := [re.escape(p.module) for p in self._placed if "weight" in p.suffixes]:
+            ignored.add(rf"^({'|'.join(named)})\.weight$")
         if any(".experts." in p.module for p in self._placed):
             ignored.add(r"\.experts\.")  # transformers would stack them; they are ours
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import RequestError
-from fewbits.grids import Grid, Params
+from fewbits.grids import Grid, Params, tied
 from fewbits.stats import Stats
 from fewbits.tensor import Quantized
 
@@ -46,7 +46,10 @@ class Exact:
         mean = live.mean() if len(live) else torch.ones((), dtype=torch.float64)
         H = H + self.damp * mean * torch.eye(columns, dtype=torch.float64)
         H.diagonal()[dead] = mean
+        grid = tied(grid, [w])
         params = grid.fit(w.float())
+        if uneven := [k for k, v in params.items() if k != "g_idx" and rows % len(v)]:
+            raise RequestError(f"{uneven[0]} is shared by uneven numbers of rows; exact OBQ wants as many for each")
         real = {k: v.double() if v.is_floating_point() else v for k, v in params.items()}
         Hinv = torch.linalg.inv(H)
         codes = [self._row(w[r], Hinv.clone(), grid, _row_params(real, r, rows)) for r in range(rows)]

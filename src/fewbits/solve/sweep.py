@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import FewbitsError, RequestError
-from fewbits.grids import Grid, Params, group_index
+from fewbits.grids import Grid, Params, group_index, tied
 from fewbits.stats import Stats
 from fewbits.tensor import Quantized
 
@@ -56,6 +56,7 @@ class Sweep:
         """Quantize ``w [out, in]`` (float32 or float64) on ``grid`` for inputs with ``stats.gram``."""
         if stats is None:
             raise RequestError("the sweep needs the gram matrix of the layer's inputs; calibrate, or use Nearest")
+        grid = tied(grid, [w])
         H = stats.gram.to(w.dtype)
         dead = H.diagonal() <= 0
         diagonal = torch.where(dead, 1, H.diagonal())
@@ -105,7 +106,9 @@ def sweep_groups(w: Tensor, U: Tensor, grid: Grid, importance: Tensor | None) ->
         codes.append(code)
         fitted.append(params)
         loss += e.square().sum(1).sum()
-    return torch.cat(codes, 1), {k: torch.cat([p[k] for p in fitted], 1) for k in fitted[0]}, loss
+    # A parameter without a column axis belongs to the whole tensor.
+    params = {k: torch.cat([p[k] for p in fitted], 1) if p0.ndim == 2 else p0 for k, p0 in fitted[0].items()}
+    return torch.cat(codes, 1), params, loss
 
 
 @contextmanager

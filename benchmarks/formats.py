@@ -1,4 +1,4 @@
-"""Number formats under solvers on one model: KL from the original for RTN, GPTQ and AWQ on INT4, NF4, FP4 and FP8 grids.
+"""Number formats under solvers on one model: KL from the original for RTN, GPTQ and AWQ on INT4, NF4, FP4 and FP8.
 
     python benchmarks/formats.py MODEL CALIBRATION.txt EVALUATION.txt WORKDIR [--rows 128] [--windows 5]
         [--grids int4 mxfp4 ...] [--methods rtn gptq awq] [--out results/formats.json]

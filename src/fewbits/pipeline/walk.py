@@ -93,7 +93,8 @@ class Walk:
 
     def restored(self, i: int, stored: Mapping[str, Tensor]) -> nn.Module:
         """Block ``i`` with the weights of its finished part, float32."""
-        block, codes = self.source.block(i), set()
+        block = self.source.block(i)
+        codes: set[str] = set()
         for local, module in self.source.linears(block).items():
             name = self.source.disk_name(i, local)
             if self.recipes[name] is not None:

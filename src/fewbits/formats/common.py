@@ -26,7 +26,7 @@ _SEARCH = frozenset({"ratios", "norm", "rule", "quantile", "peak"})
 def stored(grid: G) -> G:
     """The part of a grid that a file holds: how its parameters were searched for is not stored anywhere."""
     known: Any = grid
-    return replace(known, **{f.name: f.default for f in fields(known) if f.name in _SEARCH})  # type: ignore[no-any-return]
+    return replace(known, **{f.name: f.default for f in fields(known) if f.name in _SEARCH})
 
 
 def usual(grids: Iterable[Int]) -> Int | None:

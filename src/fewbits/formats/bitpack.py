@@ -38,13 +38,13 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
     blocks = -(-n // 8)
     stream = torch.zeros(*rows.shape[:-1], blocks, dtype=torch.int64, device=codes.device)
     for j in range(min(8, n)):  # 8 codes are `bits` bytes: the pattern repeats
-        part = rows[..., j::8].to(torch.int64).bitwise_and_(2**bits - 1)
+        part = rows[..., j::8].to(torch.int64, copy=True).bitwise_and_(2**bits - 1)
         stream[..., : part.shape[-1]].bitwise_or_(part.bitwise_left_shift_(bits * j))
     pieces = stream.view(torch.uint8).reshape(*stream.shape, 8)[..., :bits].reshape(*rows.shape[:-1], blocks * bits)
     length = 4 * words(n, bits)
     if pieces.shape[-1] < length:
         pieces = torch.nn.functional.pad(pieces, (0, length - pieces.shape[-1]))
-    packed = pieces[..., :length].contiguous().view(torch.int32)
+    packed = pieces[..., :length].reshape(-1).view(torch.int32).view(*rows.shape[:-1], length // 4)
     return packed.movedim(-1, dim).contiguous()
 
 

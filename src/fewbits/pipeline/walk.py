@@ -94,13 +94,15 @@ class Walk:
     def restored(self, i: int, stored: Mapping[str, Tensor]) -> nn.Module:
         """Block ``i`` with the weights of its finished part, float32."""
         block = self.source.block(i)
+        codes: set[str] = set()
         for local, module in self.source.linears(block).items():
             name = self.source.disk_name(i, local)
             if self.recipes[name] is not None:
                 prefix = f"{name}."
+                codes.add(f"{name}.weight")
                 parts = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
                 set_weight(module, self.layout.unpack(name, parts).dense())
-        self.source.load_state(block, i, stored)
+        self.source.load_state(block, i, {k: t for k, t in stored.items() if k not in codes})
         return block
 
     def forward(self, block: nn.Module, i: int, hidden: Tensor) -> Tensor:

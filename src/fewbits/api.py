@@ -60,8 +60,8 @@ def quantize(
         raise RequestError(
             f"samples {samples} of {seq_len} tokens cannot calibrate; give at least 1 sample of 2 tokens"
         )
-    methods.method(method)
-    layout = formats.get(format or "compressed-tensors")
+    chosen = methods.method(method)
+    layout = formats.get(format or chosen.format)
     opened = Source.open(source)
     kept = dtype or storage_dtype(opened)
     spec = "c4" if calibration is None else str(calibration) if isinstance(calibration, (str, Path)) else "texts"

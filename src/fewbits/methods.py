@@ -6,25 +6,28 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from fewbits.errors import RequestError
-from fewbits.grids import Int, clip_ratios
+from fewbits.grids import NAMED_GRIDS, Grid, Int, clip_ratios
 from fewbits.plan import Plan, Recipe, Rule
 from fewbits.solve import Exact, Nearest, Solver, Sweep
 from fewbits.transform import Awq, Transform
 
 CLIP = clip_ratios(0.7, 13)
+BNB = "bitsandbytes"
 
 
 @dataclass(frozen=True)
 class Method:
-    """One choice per axis, and what the method is in a sentence."""
+    """One choice per axis, what the method is in a sentence, and the format it is at home in."""
 
     summary: str
-    grid: Int
+    grid: Grid
     solver: Solver
     transforms: tuple[Transform, ...] = ()
+    format: str = "compressed-tensors"
 
 
 METHODS: dict[str, Method] = {
@@ -46,6 +49,11 @@ METHODS: dict[str, Method] = {
         (Awq(),),
     ),
     "obq": Method("exact greedy elimination (layers up to 1024 inputs)", Int(4, -1), Exact()),
+    "nf4": Method("NormalFloat in blocks of 64 (QLoRA)", NAMED_GRIDS["nf4"], Nearest(), format=BNB),
+    "nf4-dq": Method("the same with double quantization", NAMED_GRIDS["nf4-dq"], Nearest(), format=BNB),
+    "fp4": Method("bitsandbytes' 4-bit floats in blocks of 64", NAMED_GRIDS["fp4-bnb"], Nearest(), format=BNB),
+    "fp4-dq": Method("the same with double quantization", NAMED_GRIDS["fp4-bnb-dq"], Nearest(), format=BNB),
+    "llm-int8": Method("LLM.int8()'s weights: int8 by rows", NAMED_GRIDS["llm-int8"], Nearest(), format=BNB),
 }
 
 
@@ -62,5 +70,16 @@ def plan(name: str, bits: int | None, group_size: int | None, symmetric: bool | 
     """The plan of a named method; None keeps the method's default."""
     m = method(name)
     given = {"bits": bits, "group": group_size, "symmetric": symmetric}
-    grid = replace(m.grid, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+    grid = altered(name, m.grid, {k: v for k, v in given.items() if v is not None})
     return Plan(method=name, rules=(Rule("*", Recipe(grid, m.solver)),), transforms=m.transforms, **rest)  # type: ignore[arg-type]
+
+
+def altered(name: str, grid: Any, options: dict[str, object]) -> Grid:
+    """``grid`` with the options that differ from it. Raises RequestError for one that method ``name`` fixes."""
+    options = {k: v for k, v in options.items() if getattr(grid, k, None) != v}
+    fixed = [k for k in options if k not in {f.name for f in fields(grid)}]
+    if fixed:
+        has = getattr(grid, fixed[0], None)
+        is_ = "has no such option" if has is None else f"has {has}"
+        raise RequestError(f"{fixed[0]} {options[fixed[0]]!r} given, but method {name!r} {is_}; leave it out")
+    return replace(grid, **options)  # type: ignore[no-any-return]

@@ -18,11 +18,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fewbits.errors import RequestError
-from fewbits.grids import Grid, Int
+from fewbits.grids import Grid, Int, Table, Vectorwise
 from fewbits.solve import Exact, Nearest, Solver, Sweep
 from fewbits.transform import Awq, Transform
 
 KINDS: dict[str, type] = {"int": Int, "nearest": Nearest, "sweep": Sweep, "exact": Exact, "awq": Awq}
+KINDS |= {"table": Table, "vectorwise": Vectorwise}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Recipe:
 
     grid: Grid
     solver: Solver
+
+    def refusal(self, shape: tuple[int, int]) -> str | None:
+        """Why the solver cannot work on the grid for a weight ``(out, in)``, known before any work; None if it can."""
+        inseparable = getattr(self.grid, "inseparable", None)
+        return inseparable(shape) if inseparable and getattr(self.solver, "by_columns", False) else None
 
 
 @dataclass(frozen=True)

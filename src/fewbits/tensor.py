@@ -28,6 +28,7 @@ class Quantized:
     The following hold:
       * ``codes.shape == (out, in)`` for scalar grids
       * ``dense() == grid.decode(codes, params) + residual.dense()``, float32 ``[out, in]``
+      * ``params == grid.settle(params)`` for grids that quantize their parameters once the codes are chosen
     """
 
     grid: Grid
@@ -35,6 +36,11 @@ class Quantized:
     params: Params
     residual: Residual | None = None
     meta: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        settle = getattr(self.grid, "settle", None)
+        if settle is not None:
+            object.__setattr__(self, "params", settle(self.params))
 
     def dense(self) -> Tensor:
         """The weight that this stands for, float32 ``[out, in]``."""

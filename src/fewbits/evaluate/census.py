@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -115,11 +114,7 @@ def _quantized(checkpoint: Checkpoint, quantization: dict[str, Any], check: bool
     from fewbits import formats
 
     layout = formats.detect(quantization)
-    parts: dict[str, list[str]] = defaultdict(list)
-    for name in checkpoint.names():
-        module, _, suffix = name.rpartition(".")
-        if suffix in layout.suffixes:
-            parts[module].append(suffix)
+    parts = formats.modules(checkpoint.names(), layout)
     known: dict[tuple[Any, ...], tuple[tuple[int, int], str, float]] = {}
     modules = []
     for module, suffixes in parts.items():

@@ -6,19 +6,21 @@ To write: ``layout = writer("gptq", entries)``, then ``layout.pack`` for every m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fewbits.errors import Refused, RequestError
 from fewbits.formats import common
 from fewbits.formats.awq import AWQ
 from fewbits.formats.base import Entry, Layout, Refusal
+from fewbits.formats.bitsandbytes import BitsAndBytes
 from fewbits.formats.compressed_tensors import CompressedTensors
 from fewbits.formats.fewbits import Fewbits
 from fewbits.formats.gptq import GPTQ
 from fewbits.grids import Int
 
-LAYOUTS: dict[str, type[Any]] = {kind.name: kind for kind in (CompressedTensors, GPTQ, AWQ, Fewbits)}
+LAYOUTS: dict[str, type[Any]] = {kind.name: kind for kind in (CompressedTensors, GPTQ, AWQ, Fewbits, BitsAndBytes)}
 
 # Inference engines run these as one matrix, so their members must share bits, group size and symmetry.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -31,14 +33,31 @@ def get(name: str) -> Layout:
     return LAYOUTS[name]()
 
 
-def writer(name: str, entries: Sequence[Entry]) -> Layout:
+def writer(name: str, entries: Sequence[Entry], dtype: str | None = None) -> Layout:
     """The layout that writes a model of these entries. Raises Refused before any work when it cannot store one of them.
 
-    It is read back from the configuration that it will write, so what ``pack`` stores and ``config`` says agree.
+    ``dtype`` is that of what stays dense, for formats that say it of every weight. The layout is read back from the
+    configuration that it will write, so what ``pack`` stores and ``config`` says agree.
     """
-    layout = get(name)
+    layout: Any = get(name)
+    if dtype is not None and hasattr(layout, "dtype"):
+        layout = replace(layout, dtype=dtype)
     require(layout, entries)
-    return type(layout).read(layout.config(entries))
+    return type(layout).read(layout.config(entries))  # type: ignore[no-any-return]
+
+
+def modules(names: Iterable[str], layout: Layout) -> dict[str, tuple[str, ...]]:
+    """Modules that have tensors of ``layout``, by path, each with the last parts of their names.
+
+    A ``weight`` alone is a dense module.
+    """
+    longest = sorted(layout.suffixes, key=len, reverse=True)
+    found: dict[str, list[str]] = {}
+    for name in names:
+        suffix = next((s for s in longest if name.endswith("." + s)), None)
+        if suffix is not None:
+            found.setdefault(name[: -len(suffix) - 1], []).append(suffix)
+    return {module: tuple(suffixes) for module, suffixes in found.items() if suffixes != ["weight"]}
 
 
 def require(layout: Layout, entries: Sequence[Entry]) -> None:
@@ -100,6 +119,7 @@ __all__ = [
     "Refusal",
     "detect",
     "get",
+    "modules",
     "require",
     "warnings",
     "writer",

@@ -12,6 +12,7 @@ A new grid is one more :class:`Kind` in ``KINDS``; a residual will be one more g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
@@ -22,7 +23,8 @@ from torch import Tensor
 from fewbits.errors import CheckpointError, RequestError
 from fewbits.formats import bitpack, common
 from fewbits.formats.base import Entry, Refusal
-from fewbits.grids import Grid, Int, groups_of
+from fewbits.grids import Grid, Int, Table, Vectorwise, groups_of
+from fewbits.grids.double import BLOCK
 from fewbits.tensor import Quantized
 
 VERSION = 1
@@ -60,8 +62,28 @@ def _int_reasons(g: Int, shape: tuple[int, int]) -> Iterator[str]:
         yield f"rows must be a multiple of the {g.rows} that share a scale"
 
 
+def _table_params(g: Table, shape: tuple[int, int]) -> dict[str, Spec]:
+    blocks = g.blocks(shape)
+    found = {"g_idx": Spec((shape[1],), torch.int32, optional=True)}
+    if not g.nested:
+        return found | {"absmax": Spec(blocks, torch.float32)}
+    nested = (groups_of(math.prod(blocks), BLOCK),)
+    found |= {"absmax": Spec(blocks, torch.uint8), "nested": Spec(nested, torch.float32)}
+    return found | {"offset": Spec((1,), torch.float32)}
+
+
+def _vectorwise_params(g: Vectorwise, shape: tuple[int, int]) -> dict[str, Spec]:
+    return {"absmax": Spec((shape[0], 1), torch.float32)}
+
+
+def _no_reasons(g: Grid, shape: tuple[int, int]) -> Iterator[str]:
+    yield from ()
+
+
 KINDS: dict[str, Kind] = {
-    "Int": Kind(Int, ("bits", "group", "rows", "symmetric", "scale"), lambda g: g.bits, _int_params, _int_reasons)
+    "Int": Kind(Int, ("bits", "group", "rows", "symmetric", "scale"), lambda g: g.bits, _int_params, _int_reasons),
+    "Table": Kind(Table, ("codebook", "group", "nested"), lambda g: g.bits, _table_params, _no_reasons),
+    "Vectorwise": Kind(Vectorwise, (), lambda g: g.bits, _vectorwise_params, _no_reasons),
 }
 
 
@@ -73,7 +95,7 @@ class Fewbits:
 
     name: ClassVar[str] = "fewbits"
     scale_dtype: ClassVar[str | None] = "float16"
-    suffixes: ClassVar[frozenset[str]] = frozenset({"codes", "scale", "zero", "g_idx"})
+    suffixes: ClassVar[frozenset[str]] = frozenset({"codes", "scale", "zero", "g_idx", "absmax", "nested", "offset"})
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_name", {name: (grid, shape) for name, grid, shape in self.modules})

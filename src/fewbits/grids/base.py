@@ -60,6 +60,9 @@ class Grid(Protocol):
         """Exact bits per weight for a matrix of this shape, every parameter counted."""
         ...
 
+    # A grid may also have ``settle(params) -> Params``: parameters as they are stored, applied once by Quantized, when
+    # all codes are chosen; and ``inseparable(shape) -> str | None``: why columns cannot be rounded one at a time.
+
 
 def feedback(grid: Grid, w: Tensor, u: Tensor, p: Params, index: Tensor) -> tuple[Tensor, Tensor]:
     """:meth:`Grid.feedback` for any scalar grid, column by column: the specification of the fused kernels."""

@@ -7,13 +7,16 @@ differently.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from fewbits.kernels import reference
 from fewbits.kernels._table import C, Choice, info, native, register, require, schemas, shape, threads
 
-__all__ = ["Choice", "fit_affine", "gram_", "info", "schemas", "sweep_block_"]
+__all__ = ["Choice", "fit_affine", "gram_", "info", "one_thread", "schemas", "sweep_block_"]
 
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_CANDIDATES, MAX_BLOCK = 1024, 256
@@ -40,6 +43,18 @@ register(
     " -> (codes u8[R,B], err f32[R,B])",
     _vectors,
 )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For torch's own sums and factorisations: their order, hence their rounding, depends on the number of threads; a
+    result must not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def gram_(G: Tensor, x: Tensor) -> None:

@@ -74,7 +74,11 @@ class Job:
         """Raises Refused or RequestError before any work when the plan cannot be carried out or stored."""
         names = [e.name for e in entries_of(source)]
         recipes = plan.assign(names)
-        layout = formats.writer(plan.format, entries_of(source, recipes))
+        entries = entries_of(source, recipes)
+        for e in entries:
+            if (recipe := recipes[e.name]) is not None and (reason := recipe.refusal(e.shape)):
+                raise RequestError(f"{e.name}: {reason}")
+        layout = formats.writer(plan.format, entries, plan.dtype)
         return cls(source, plan, recipes, layout, **rest)
 
     @property

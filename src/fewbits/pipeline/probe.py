@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewbits.kernels import one_thread
 from fewbits.pipeline.walk import Walk
-from fewbits.solve.sweep import one_thread
 
 CHUNK = 256
 

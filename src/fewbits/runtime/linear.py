@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewbits.errors import RequestError
-from fewbits.grids import Int, group_index, spread
+from fewbits.grids import Int, Vectorwise, group_index, spread
 from fewbits.kernels import qlinear
 from fewbits.tensor import Quantized
 
@@ -51,6 +51,9 @@ class QuantLinear(nn.Module):
         """Take the weight. Raises RequestError when its shape is not ``(out_features, in_features)``."""
         if q.shape != (self.out_features, self.in_features):
             raise RequestError(f"weight of shape {q.shape} given, the layer is {(self.out_features, self.in_features)}")
+        if isinstance(q.grid, Vectorwise):
+            grid, params = q.grid.uniform(q.params)
+            q = Quantized(grid, q.codes, params, q.residual)
         self.grid, self._packed, self._loose = q.grid, _pack(q), None
         if self._packed is None:
             self._loose = q

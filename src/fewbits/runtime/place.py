@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewbits import formats
 from fewbits.errors import CheckpointError, FewbitsError
 from fewbits.formats import Layout
 from fewbits.model import locate
@@ -21,7 +22,7 @@ from fewbits.runtime.linear import QuantLinear
 from fewbits.storage import Checkpoint
 
 # The tensor that every quantized module of a layout has.
-MARKS = frozenset({"qweight", "codes", "weight_packed"})
+MARKS = frozenset({"qweight", "codes", "weight_packed", "weight.absmax", "SCB"})
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,7 @@ class _Names:
 
 def find_modules(names: Iterable[str], layout: Layout) -> dict[str, tuple[str, ...]]:
     """Quantized modules by their path in the checkpoint, each with the last names of its tensors."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        module, _, suffix = name.rpartition(".")
-        if suffix in layout.suffixes:
-            found.setdefault(module, []).append(suffix)
-    return {module: tuple(suffixes) for module, suffixes in found.items() if MARKS.intersection(suffixes)}
+    return {m: suffixes for m, suffixes in formats.modules(names, layout).items() if MARKS.intersection(suffixes)}
 
 
 def place(model: nn.Module, checkpoint: Checkpoint, layout: Layout) -> list[Placed]:

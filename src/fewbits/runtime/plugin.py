@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,14 @@ from fewbits.errors import FewbitsError, RequestError
 from fewbits.runtime import place
 from fewbits.storage import Checkpoint
 
-FOREIGN = {"gptq": "gptqmodel", "awq": "gptqmodel", "compressed-tensors": "compressed_tensors"}
-"""Methods that transformers loads itself, and the package with which it runs them."""
+FOREIGN = {
+    "gptq": "gptqmodel",
+    "awq": "gptqmodel",
+    "compressed-tensors": "compressed_tensors",
+    "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",
+}
+"""Methods that transformers loads itself, as it names them, and the package with which it runs them."""
 
 
 class FewbitsConfig(QuantizationConfigMixin):
@@ -55,8 +62,10 @@ class FewbitsQuantizer(HfQuantizer):
             raise RequestError("a quantized model is loaded from its directory; a state_dict alone is not enough")
         self._checkpoint = _open(checkpoint_files)
         self._placed = place.place(model, self._checkpoint, self.layout)
-        suffixes = "|".join(sorted(self.layout.suffixes))
+        suffixes = "|".join(map(re.escape, sorted(self.layout.suffixes - {"weight"})))
         ignored = {rf"\.({suffixes})$"}  # every one of them has its layer, else `place` had raised
+        if named := [re.escape(p.module) for p in self._placed if "weight" in p.suffixes]:
+            ignored.add(rf"^({'|'.join(named)})\.weight$")
         if any(".experts." in p.module for p in self._placed):
             ignored.add(r"\.experts\.")  # transformers would stack them; they are ours
         model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | ignored
@@ -101,7 +110,7 @@ def takes(method: str, config: Mapping[str, Any]) -> bool:
     if wanted != "1" and torch.cuda.is_available() and importlib.util.find_spec(FOREIGN[method]) is not None:
         return False
     try:
-        formats.detect(dict(config) | {"quant_method": method})
+        formats.detect(dict(config) | {"quant_method": method.partition("_")[0]})
     except FewbitsError:
         return False
     return True

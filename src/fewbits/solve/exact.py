@@ -29,6 +29,7 @@ class Exact:
     greedy: bool = True
 
     needs = frozenset({"gram"})
+    by_columns = True
 
     def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: None = None) -> Quantized:
         """Quantize ``w [out, in]``, ``in`` at most 1024. Raises RequestError for wider layers."""

@@ -11,8 +11,6 @@ The sweep never asks what kind of grid it rounds to: a block of columns is ``gri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from fewbits.errors import FewbitsError, RequestError
 from fewbits.grids import Grid, Params, group_index
+from fewbits.kernels import one_thread
 from fewbits.stats import Stats
 from fewbits.tensor import Quantized
 
@@ -46,6 +45,7 @@ class Sweep:
     importance: bool = True
 
     needs = frozenset({"gram"})
+    by_columns = True
 
     @property
     def scatters(self) -> bool:
@@ -106,17 +106,6 @@ def sweep_groups(w: Tensor, U: Tensor, grid: Grid, importance: Tensor | None) ->
         fitted.append(params)
         loss += e.square().sum(1).sum()
     return torch.cat(codes, 1), {k: torch.cat([p[k] for p in fitted], 1) for k in fitted[0]}, loss
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """LAPACK's blocking, hence its rounding, depends on the number of threads; a result must not."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def inverse_factor(H: Tensor, dead: Tensor, damp: float) -> tuple[Tensor, dict[str, float]]:

@@ -82,4 +82,4 @@ def altered(name: str, grid: Any, options: dict[str, object]) -> Grid:
         has = getattr(grid, fixed[0], None)
         is_ = "has no such option" if has is None else f"has {has}"
         raise RequestError(f"{fixed[0]} {options[fixed[0]]!r} given, but method {name!r} {is_}; leave it out")
-    return replace(grid, **options)  # type: ignore[no-any-return]
+    return replace(grid, **options)

@@ -43,7 +43,7 @@ def writer(name: str, entries: Sequence[Entry], dtype: str | None = None) -> Lay
     if dtype is not None and hasattr(layout, "dtype"):
         layout = replace(layout, dtype=dtype)
     require(layout, entries)
-    return type(layout).read(layout.config(entries))  # type: ignore[no-any-return]
+    return type(layout).read(layout.config(entries))
 
 
 def modules(names: Iterable[str], layout: Layout) -> dict[str, tuple[str, ...]]:

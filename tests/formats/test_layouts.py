@@ -100,7 +100,7 @@ def test_rows_and_columns_that_fill_no_word_in_fewbits() -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_all_formats_stand_for_the_same_numbers(symmetric: bool) -> None:
     q = quantized(Int(4, 32, symmetric=symmetric))
-    for name in formats.LAYOUTS:
+    for name in formats.LAYOUTS.keys() - {"bitsandbytes"}:
         assert torch.equal(through(name, q)[1].dense(), q.dense())
     if symmetric:  # both versions of GPTQ
         for version in (1, 2):

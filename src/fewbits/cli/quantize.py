@@ -26,7 +26,7 @@ def command(
         bool | None,
         typer.Option("--symmetric/--affine", help="Zero point in the middle, or free; default: the format's."),
     ] = None,
-    format: Annotated[str | None, typer.Option(help="fewbits, gptq, awq, compressed-tensors.")] = None,
+    format: Annotated[str | None, typer.Option(help="fewbits, gptq, awq, bitsandbytes, ...")] = None,
     calibration: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Text file, or a fetched text: c4, wiki, code.")
     ] = None,

@@ -67,6 +67,9 @@ class BitsAndBytes:
         residual = type(q.residual).__name__ if q.residual else None
         if reasons := list(_reasons(Entry(name, q.shape, q.grid, "g_idx" in q.params, residual))):
             raise RequestError(f"{name}: format bitsandbytes cannot store it: {reasons[0]}")
+        want = q.grid.blocks(q.shape) if isinstance(q.grid, Table) else (q.shape[0], 1)
+        if (shape := tuple(q.params["absmax"].shape)) != want:
+            raise RequestError(f"{name}: absmax of shape {shape} does not fit the grid; expected {want}")
         packed = _pack_rows(q) if isinstance(q.grid, Vectorwise) else _pack_blocks(q, self.dtype)
         return {f"{name}.{suffix}": t for suffix, t in packed.items()}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fewbits.errors import RequestError
-from fewbits.kernels import qlinear
+from fewbits.kernels import _table, qlinear
 
 if not qlinear.available():
     pytest.skip("the C++ extension is not built", allow_module_level=True)
@@ -93,9 +93,11 @@ def test_no_result_depends_on_threads(level: str) -> None:
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("native_bf16", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_rows_go_through_tiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qlinear, "TILE_BLOCKS", 2)
+def test_many_rows_go_through_tiles(dtype: torch.dtype, native_bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qlinear, "TILE_BLOCKS", dict.fromkeys(qlinear.TILE_BLOCKS, 2))
+    monkeypatch.setattr(_table, "multiplies_bf16", lambda: native_bf16)
     args = weight(200, 256, 3, 64, scatter=True)
     p, w, x, bias = qlinear.pack_weight(*args), dense(args), torch.randn(64, 256).to(dtype), torch.randn(200)
     exact = x.double() @ w.double().T

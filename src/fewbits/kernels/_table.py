@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -73,6 +74,12 @@ def native(*tensors: Tensor | None) -> bool:
 def threads() -> int:
     """Threads that a C++ op uses: torch's number, passed explicitly on every call."""
     return torch.get_num_threads()
+
+
+@cache
+def multiplies_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 natively; elsewhere torch's bfloat16 product is slower than float32's."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
 
 
 def info() -> dict[str, Choice]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from fewbits import formats, storage
 from fewbits.errors import FewbitsError, RequestError
 from fewbits.formats import Entry, Layout
+from fewbits.kernels import multiplies_bf16
 from fewbits.model import Source
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.card import card
@@ -267,7 +268,7 @@ def peak_rss() -> int:
 
 def default_compute() -> str:
     """bf16 where the processor multiplies bfloat16 natively, else fp32."""
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported() else "fp32"
+    return "bf16" if multiplies_bf16() else "fp32"
 
 
 def check_calibrated(plan: Plan) -> bool:

@@ -120,6 +120,44 @@ def test_special_values_come_through(level: str) -> None:
     assert torch.equal(big.isinf(), want.isinf())
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [40, -1])
+def test_integers_are_multiplied_exactly(level: str, bits: int, group: int) -> None:
+    """Integers up to 2**14 in float32 and all the bytes in bfloat16: fixed-point activations lose nothing."""
+    codes, _, zero, *rest = weight(20, 300, bits, group)
+    scale = torch.ones(20, zero.shape[1])
+    p, w = qlinear.pack_weight(codes, scale, zero, *rest), qlinear.reference_dense(codes, scale, zero, group)
+    x = torch.randint(-256, 256, (3, 300)).float()
+    exact = x.double() @ w.double().T
+    assert torch.equal(qlinear.matmul(x, p).double(), exact)
+    assert torch.equal(qlinear.matmul(x.bfloat16(), p), exact.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", list(EPS))
+@pytest.mark.parametrize("outlier", [1e2, 1e4])
+def test_an_outlier_does_not_drown_its_group(level: str, dtype: torch.dtype, outlier: float) -> None:
+    """The outlier meets codes equal to the zero point, so the small activations alone make the output."""
+    codes, scale, zero, *rest = weight(32, 128, 4, 64)
+    codes[:, 7] = zero[:, 0]
+    p, w = qlinear.pack_weight(codes, scale, zero, *rest), qlinear.reference_dense(codes, scale, zero, 64)
+    x = torch.randn(1, 128).to(dtype)
+    x[0, 7] = outlier
+    exact = x.double() @ w.double().T
+    kept = x.double().abs()
+    kept[0, 7] = 0
+    bound = (kept @ w.double().abs().T).max()
+    assert (qlinear.matmul(x, p).double() - exact).abs().max() / bound < EPS[dtype] + outlier * 2e-8
+
+
+def test_tiny_and_huge_activations(level: str) -> None:
+    args = weight(16, 64, 4, 32)
+    p, w = qlinear.pack_weight(*args), dense(args)
+    for size in (1e-36, 1e-20, 1e20, 1e33):
+        x = torch.randn(1, 64) * size
+        exact, bound = x.double() @ w.double().T, (x.double().abs() @ w.double().abs().T).max()
+        assert (qlinear.matmul(x, p).double() - exact).abs().max() / bound < 4e-6
+
+
 @pytest.mark.parametrize("scatter", [False, True])
 def test_stacked_rows_are_the_same_bits(level: str, scatter: bool) -> None:
     a, b = weight(48, 100, 4, 32, scatter=scatter), weight(20, 100, 4, 32)

@@ -3,12 +3,12 @@
 #include <nanobind/stl/string.h>
 
 #include <cstring>
-#include <vector>
 
 #include "bind.hpp"
 #include "cpu.hpp"
 #include "parallel.hpp"
 #include "qlinear.hpp"
+#include "qlinear_prepare.hpp"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -33,12 +33,6 @@ Kernels choose() {
     if (isa() >= Isa::avx512 && __builtin_cpu_supports("avx512bf16")) k = avx512_bf16_kernels();
 #endif
     return k;
-}
-
-int step_of(int bits, int j) {  // shift of column j inside its lane (3 bits: of its two low bits)
-    if (bits == 8) return 8 * j;
-    const int width = bits == 3 ? 2 : bits, local = bits == 3 ? j % 16 : j;
-    return width * (local / 2) + 16 * (j % 2);
 }
 
 void pack_unit(int bits, const uint8_t* codes, int64_t count, uint32_t* lane) {
@@ -119,84 +113,6 @@ void use_huge_pages(void* begin, int64_t bytes) {
 #endif
 }
 
-float to_float(const void* x, Dtype dtype, int64_t i) {
-    uint32_t u;
-    float f;
-    if (dtype == Dtype::f32) return static_cast<const float*>(x)[i];
-    const uint32_t h = static_cast<const uint16_t*>(x)[i];
-    if (dtype == Dtype::bf16) {
-        u = h << 16;
-        std::memcpy(&f, &u, 4);
-        return f;
-    }
-    u = (h & 0x7fff) << 13;
-    std::memcpy(&f, &u, 4);
-    f *= 0x1p112f;
-    std::memcpy(&u, &f, 4);
-    u |= ((h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u) | (h & 0x8000) << 16;
-    std::memcpy(&f, &u, 4);
-    return f;
-}
-
-struct Scratch {
-    std::vector<float> x, sums;
-    std::vector<uint32_t> pairs;
-};
-
-Scratch& scratch() {
-    thread_local Scratch s;
-    return s;
-}
-
-// x [batch][in] becomes float32 [padded][batch], each column divided by 2**shift of its code (exact: a power of two), so that
-// kernels mask codes and need not shift them. Sums of each group are taken here, in float32, column after column.
-void prepare(const Weight& w, const void* x, Dtype dtype, int batch, Scratch& s) {
-    const int unit = unit_columns(w.bits), top = w.bits == 8 ? 24 : w.bits == 4 ? 28 : 30;
-    float by[32];
-    for (int j = 0; j < unit; ++j) {
-        by[j] = 1.0f;
-        for (int i = 0; step_of(w.bits, j) != top && i < step_of(w.bits, j); ++i) by[j] *= 0.5f;
-    }
-    s.x.assign(size_t(w.padded() * batch), 0.0f);
-    s.sums.assign(size_t(w.groups * batch), 0.0f);
-    for (int64_t g = 0; g < w.groups; ++g) {
-        float* at = s.x.data() + g * w.units_of(0) * unit * batch;
-        const int64_t columns = w.columns_of(g);
-        for (int m = 0; m < batch; ++m) {
-            float sum[4] = {};
-            for (int64_t c = 0; c < columns; ++c) {
-                const int64_t column = g * w.group + c;
-                const float v = to_float(x, dtype, m * w.in + (w.order ? w.order[column] : column));
-                sum[c & 3] += v;
-                at[c * batch + m] = v * by[c & (unit - 1)];
-            }
-            s.sums[size_t(g * batch + m)] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        }
-    }
-}
-
-// The same for bfloat16 kernels: pairs of columns [padded / 2][batch], unscaled. Returns x itself when it has this form already.
-const void* prepare_pairs(const Weight& w, const uint16_t* x, int batch, Scratch& s) {
-    const int unit = unit_columns(w.bits);
-    s.sums.assign(size_t(w.groups * batch), 0.0f);
-    const bool as_is = batch == 1 && w.straight() && w.padded() == w.in;
-    if (!as_is) s.pairs.assign(size_t(w.padded() / 2 * batch), 0);
-    auto* pairs = reinterpret_cast<uint16_t*>(s.pairs.data());
-    for (int64_t g = 0; g < w.groups; ++g) {
-        const int64_t columns = w.columns_of(g), start = g * w.units_of(0) * unit;
-        for (int m = 0; m < batch; ++m) {
-            float sum[4] = {};
-            for (int64_t c = 0; c < columns; ++c) {
-                const int64_t column = g * w.group + c, from = m * w.in + (w.order ? w.order[column] : column);
-                sum[c & 3] += to_float(x, Dtype::bf16, from);
-                if (!as_is) pairs[((start + c) / 2 * batch + m) * 2 + ((start + c) & 1)] = x[from];
-            }
-            s.sums[size_t(g * batch + m)] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-        }
-    }
-    return as_is ? static_cast<const void*>(x) : s.pairs.data();
-}
-
 int useful_threads(const Weight& w, int threads) {
     const int64_t most = w.out * w.in / kWorthAThread;
     return most < 1 ? 1 : most < threads ? int(most) : threads;
@@ -233,24 +149,17 @@ class Packed {
     void product(uintptr_t x, uintptr_t y, uintptr_t bias, int batch, int dtype, int threads) const {
         const Kernels k = choose();
         const auto type = static_cast<Dtype>(dtype);
-        const bool pairs = type == Dtype::bf16 && k.product_bf16 && w_.bits != 8;
-        Scratch& s = scratch();
         const int size = type == Dtype::f32 ? 4 : 2;
         const int64_t blocks = w_.blocks();
         threads = useful_threads(w_, threads);
         const int64_t grain = (blocks + threads - 1) / threads;
         for (int first = 0; first < batch; first += kMaxBatch) {
             const int n = batch - first < kMaxBatch ? batch - first : kMaxBatch;
-            const void* from = pointer<char>(x) + int64_t(first) * w_.in * size;
-            const void* prepared;
-            if (pairs) {
-                prepared = prepare_pairs(w_, static_cast<const uint16_t*>(from), n, s);
-            } else {
-                prepare(w_, from, type, n, s);
-                prepared = s.x.data();
-            }
-            const Product p{prepared, s.sums.data(), pointer<float>(bias), pointer<char>(y) + int64_t(first) * w_.out * size, type, n};
-            const ProductFn run = pairs ? k.product_bf16 : k.product;
+            Product p{};
+            const ProductFn run = prepare(k, w_, {pointer<char>(x) + int64_t(first) * w_.in * size, n, w_.in, type}, p);
+            p.bias = pointer<float>(bias);
+            p.y = pointer<char>(y) + int64_t(first) * w_.out * size;
+            p.y_dtype = type;
             parallel_for(blocks, grain, threads, [&](int64_t begin, int64_t end) { run(w_, p, begin, end); });
         }
     }

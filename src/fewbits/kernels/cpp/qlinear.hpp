@@ -27,6 +27,11 @@ enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 constexpr int unit_columns(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }
 constexpr int unit_vectors(int bits) { return bits == 3 ? 3 : 1; }
 
+// Fixed-point activations share a power of two per chunk of at most 128 columns; a group has whole chunks but for its last one.
+// 128 * 255 * 32768 < 2^31: sums of a chunk are exact in 32 bits.
+constexpr int kChunk = 128;
+constexpr float kLowStep = 1.0f / (1 << 15);  // of a low part, in steps of the high part
+
 struct Weight {
     const uint32_t* codes;
     const void* scale;
@@ -45,12 +50,16 @@ struct Weight {
     int64_t padded() const { return units() * unit_columns(bits); }
     int64_t block_words() const { return units() * unit_vectors(bits) * kRows; }
     // Groups that end in the middle of a unit leave holes between packed columns.
+    int64_t chunks_of(int64_t g) const { return (columns_of(g) + kChunk - 1) / kChunk; }
+    int64_t chunks() const { return (groups - 1) * chunks_of(0) + chunks_of(groups - 1); }
     bool straight() const { return order == nullptr && (groups == 1 || group % unit_columns(bits) == 0); }
 };
 
 // One call of the fused product for `batch` <= kMaxBatch rows of activations.
 struct Product {
-    const void* x;       // prepared activations, interleaved by batch: float32 [padded][batch] or bfloat16 pairs
+    const void* x;        // prepared activations, interleaved by batch: float32 [padded][batch] or pairs of bfloat16 or int16
+    const uint32_t* low;  // fixed point: the pairs' low parts, or null when the high parts are exact enough
+    const float* steps;   // fixed point: [chunks][batch]
     const float* sums;   // [groups][batch]: sum of x over each group
     const float* bias;   // [out] or null
     void* y;             // [batch][out]
@@ -73,6 +82,7 @@ struct Kernels {
     const char* isa;
     ProductFn product;        // x as float32, prescaled (see prepare in qlinear.cpp)
     ProductFn product_bf16;   // x as bfloat16 pairs; null where the CPU has no such instruction; bits 2, 3, 4
+    ProductFn product_fixed;  // x as pairs of int16 (see prepare_fixed); null where product is as fast
     DequantizeFn dequantize;
 };
 

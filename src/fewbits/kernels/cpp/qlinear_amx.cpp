@@ -98,7 +98,7 @@ void product_bf16(const Weight& w, const Product& p, int64_t first, int64_t last
 
 }  // namespace
 
-Kernels avx512_bf16_kernels() { return {"avx512_bf16", product, product_bf16, dequantize}; }
+Kernels avx512_bf16_kernels() { return {"avx512_bf16", product, product_bf16, nullptr, dequantize}; }
 
 }  // namespace fewbits::qlinear
 #endif

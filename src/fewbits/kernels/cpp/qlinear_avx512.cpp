@@ -4,7 +4,7 @@
 
 namespace fewbits::qlinear {
 
-Kernels avx512_kernels() { return {"avx512", product, nullptr, dequantize}; }
+Kernels avx512_kernels() { return {"avx512", product, nullptr, nullptr, dequantize}; }
 
 }  // namespace fewbits::qlinear
 #endif

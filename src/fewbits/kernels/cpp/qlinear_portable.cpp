@@ -3,6 +3,6 @@
 
 namespace fewbits::qlinear {
 
-Kernels portable_kernels() { return {"portable", product, nullptr, dequantize}; }
+Kernels portable_kernels() { return {"portable", product, nullptr, nullptr, dequantize}; }
 
 }  // namespace fewbits::qlinear

@@ -1,0 +1,213 @@
+#include "qlinear_prepare.hpp"
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+namespace fewbits::qlinear {
+namespace {
+
+float to_float(const void* x, Dtype dtype, int64_t i) {
+    uint32_t u;
+    float f;
+    if (dtype == Dtype::f32) return static_cast<const float*>(x)[i];
+    const uint32_t h = static_cast<const uint16_t*>(x)[i];
+    if (dtype == Dtype::bf16) {
+        u = h << 16;
+        std::memcpy(&f, &u, 4);
+        return f;
+    }
+    u = (h & 0x7fff) << 13;
+    std::memcpy(&f, &u, 4);
+    f *= 0x1p112f;
+    std::memcpy(&u, &f, 4);
+    u |= ((h & 0x7c00) == 0x7c00 ? 0x7f800000u : 0u) | (h & 0x8000) << 16;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
+struct Scratch {
+    std::vector<float> x, sums, steps;
+    std::vector<uint32_t> pairs, low;
+};
+
+Scratch& scratch() {
+    thread_local Scratch s;
+    return s;
+}
+
+// x [batch][in] becomes float32 [padded][batch], each column divided by 2**shift of its code (exact: a power of two), so that
+// kernels mask codes and need not shift them. Sums of each group are taken here, in float32, column after column.
+void prepare_floats(const Weight& w, const void* x, Dtype dtype, int batch, Scratch& s) {
+    const int unit = unit_columns(w.bits), top = w.bits == 8 ? 24 : w.bits == 4 ? 28 : 30;
+    float by[32];
+    for (int j = 0; j < unit; ++j) {
+        by[j] = 1.0f;
+        for (int i = 0; step_of(w.bits, j) != top && i < step_of(w.bits, j); ++i) by[j] *= 0.5f;
+    }
+    s.x.assign(size_t(w.padded() * batch), 0.0f);
+    s.sums.assign(size_t(w.groups * batch), 0.0f);
+    for (int64_t g = 0; g < w.groups; ++g) {
+        float* at = s.x.data() + g * w.units_of(0) * unit * batch;
+        const int64_t columns = w.columns_of(g);
+        for (int m = 0; m < batch; ++m) {
+            float sum[4] = {};
+            for (int64_t c = 0; c < columns; ++c) {
+                const int64_t column = g * w.group + c;
+                const float v = to_float(x, dtype, m * w.in + (w.order ? w.order[column] : column));
+                sum[c & 3] += v;
+                at[c * batch + m] = v * by[c & (unit - 1)];
+            }
+            s.sums[size_t(g * batch + m)] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        }
+    }
+}
+
+// The same for bfloat16 kernels: pairs of columns [padded / 2][batch], unscaled. Returns x itself when it has this form already.
+const void* prepare_pairs(const Weight& w, const uint16_t* x, int batch, Scratch& s) {
+    const int unit = unit_columns(w.bits);
+    s.sums.assign(size_t(w.groups * batch), 0.0f);
+    const bool as_is = batch == 1 && w.straight() && w.padded() == w.in;
+    if (!as_is) s.pairs.assign(size_t(w.padded() / 2 * batch), 0);
+    auto* pairs = reinterpret_cast<uint16_t*>(s.pairs.data());
+    for (int64_t g = 0; g < w.groups; ++g) {
+        const int64_t columns = w.columns_of(g), start = g * w.units_of(0) * unit;
+        for (int m = 0; m < batch; ++m) {
+            float sum[4] = {};
+            for (int64_t c = 0; c < columns; ++c) {
+                const int64_t column = g * w.group + c, from = m * w.in + (w.order ? w.order[column] : column);
+                sum[c & 3] += to_float(x, Dtype::bf16, from);
+                if (!as_is) pairs[((start + c) / 2 * batch + m) * 2 + ((start + c) & 1)] = x[from];
+            }
+            s.sums[size_t(g * batch + m)] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+        }
+    }
+    return as_is ? static_cast<const void*>(x) : s.pairs.data();
+}
+
+
+// `count` columns of one row of x, from packed column `first` on, as float32.
+void gather(const Weight& w, const Rows& x, int64_t row, int64_t first, int64_t count, float* out) {
+    const int64_t start = row * x.size;
+    if (w.order) {
+        for (int64_t c = 0; c < count; ++c) out[c] = to_float(x.x, x.dtype, start + w.order[first + c]);
+    } else if (x.dtype == Dtype::f32) {
+        std::memcpy(out, static_cast<const float*>(x.x) + start + first, size_t(count) * 4);
+    } else if (x.dtype == Dtype::bf16) {
+        for (int64_t c = 0; c < count; ++c) out[c] = to_float(x.x, Dtype::bf16, start + first + c);
+    } else {
+        for (int64_t c = 0; c < count; ++c) out[c] = to_float(x.x, Dtype::f16, start + first + c);
+    }
+}
+
+// What one row of one chunk became: value = (high + low * 2**-15) * step.
+struct Chunk {
+    float values[kChunk];
+    int16_t high[kChunk], low[kChunk];
+    float step, high_sum, low_sum;
+    bool coarse;  // high parts alone would lose more than the rounding of x's own dtype does
+};
+
+// The nearest integer, ties to even, of |v| < 2**22.
+inline float nearest(float v) { return (v + 12582912.0f) - 12582912.0f; }
+
+// Splits `count` values; the rest of the chunk becomes 0. False when they are no fixed-point numbers: infinite, NaN, all tiny.
+bool split(Chunk& c, int64_t count, Dtype dtype) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        int32_t u;
+        std::memcpy(&u, c.values + i, 4);
+        u &= 0x7fffffff;
+        most = u > most ? u : most;
+    }
+    const int exponent = (most >> 23) - 126;  // the largest magnitude is below 2**exponent
+    if (most != 0 && (exponent < -60 || exponent > 100)) return false;
+    c.step = most == 0 ? 1.0f : std::ldexp(1.0f, exponent - 15);
+    const float by = 1.0f / c.step, low_by = 1.0f / kLowStep;
+    float lost = 0.0f, total = 0.0f;
+    int32_t high_sum = 0, low_sum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const float v = c.values[i] * by, h = nearest(v) > 32767.0f ? 32767.0f : nearest(v);  // by: a power of two, exact
+        const float l = nearest((v - h) * low_by) > 32767.0f ? 32767.0f : nearest((v - h) * low_by);
+        c.high[i] = int16_t(int32_t(h));
+        c.low[i] = int16_t(int32_t(l));
+        high_sum += int32_t(h);
+        low_sum += int32_t(l);
+        lost += std::fabs(v - h);
+        total += std::fabs(v);
+    }
+    for (int64_t i = count; i < kChunk; ++i) c.high[i] = c.low[i] = 0;
+    c.high_sum = float(high_sum), c.low_sum = float(low_sum);
+    const float roundoff = dtype == Dtype::bf16 ? 0x1p-9f : dtype == Dtype::f16 ? 0x1p-11f : 0x1p-24f;
+    float largest;
+    std::memcpy(&largest, &most, 4);
+    c.coarse = lost > (total - largest * by) * (roundoff / 2);  // without the largest: it may meet a zero weight
+    return true;
+}
+
+// Place of column j among the int16 of its unit and row: kernels take bytes of 8-bit units as columns 0, 2, 1, 3.
+inline int64_t place(int bits, int64_t j) { return bits == 8 ? (j & ~int64_t(3)) + 2 * (j & 1) + ((j >> 1) & 1) : j; }
+
+// x as fixed-point numbers: pairs of int16 [padded / 2][batch], steps [chunks][batch]. A low part is kept unless every chunk
+// loses less than half of the rounding of x's dtype without (in the sum of all but the largest). False when x needs floats.
+bool prepare_fixed(const Weight& w, const Rows& x, Scratch& s, Product& p) {
+    const int64_t batch = x.rows, words = w.padded() / 2 * batch;
+    s.pairs.resize(size_t(words));
+    s.low.resize(size_t(words));
+    s.sums.assign(size_t(w.groups * batch), 0.0f);
+    s.steps.resize(size_t(w.chunks() * batch));
+    auto* high = reinterpret_cast<int16_t*>(s.pairs.data());
+    auto* low = reinterpret_cast<int16_t*>(s.low.data());
+    bool coarse = false;
+    std::vector<float> low_sums(size_t(w.groups * batch), 0.0f);
+    Chunk c;
+    for (int64_t g = 0, chunk = 0; g < w.groups; ++g) {
+        const int64_t columns = w.columns_of(g), start = g * w.units_of(0) * unit_columns(w.bits);
+        const int64_t padded = w.units_of(g) * unit_columns(w.bits);
+        for (int64_t at = 0; at < columns; at += kChunk, ++chunk) {
+            const int64_t count = columns - at < kChunk ? columns - at : kChunk;
+            const int64_t room = padded - at < kChunk ? padded - at : kChunk;
+            for (int64_t m = 0; m < batch; ++m) {
+                gather(w, x, m, g * w.group + at, count, c.values);
+                if (!split(c, count, x.dtype)) return false;
+                s.steps[size_t(chunk * batch + m)] = c.step;
+                s.sums[size_t(g * batch + m)] += c.high_sum * c.step;
+                low_sums[size_t(g * batch + m)] += c.low_sum * (c.step * kLowStep);
+                coarse |= c.coarse;
+                for (int64_t j = 0; j < room; ++j) {
+                    const int64_t to = start + at + place(w.bits, j), index = (to / 2 * batch + m) * 2 + (to & 1);
+                    high[index] = c.high[j];
+                    low[index] = c.low[j];
+                }
+            }
+        }
+    }
+    if (coarse) {
+        for (size_t i = 0; i < low_sums.size(); ++i) s.sums[i] += low_sums[i];
+    }
+    p.x = s.pairs.data();
+    p.low = coarse ? s.low.data() : nullptr;
+    p.steps = s.steps.data();
+    return true;
+}
+
+}  // namespace
+
+ProductFn prepare(const Kernels& k, const Weight& w, const Rows& x, Product& p) {
+    Scratch& s = scratch();
+    p.batch = int(x.rows);
+    ProductFn run = k.product;
+    if (x.dtype == Dtype::bf16 && k.product_bf16 && w.bits != 8) {
+        p.x = prepare_pairs(w, static_cast<const uint16_t*>(x.x), p.batch, s);
+        run = k.product_bf16;
+    } else if (k.product_fixed && prepare_fixed(w, x, s, p)) {
+        run = k.product_fixed;
+    } else {
+        prepare_floats(w, x.x, x.dtype, p.batch, s);
+        p.x = s.x.data();
+    }
+    p.sums = s.sums.data();
+    return run;
+}
+
+}  // namespace fewbits::qlinear

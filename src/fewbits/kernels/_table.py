@@ -78,7 +78,7 @@ def threads() -> int:
 
 @cache
 def multiplies_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 natively; elsewhere torch's bfloat16 product is slower than float32's."""
+    """Whether the processor multiplies bfloat16 natively; elsewhere float32 products are faster in torch."""
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
 
 

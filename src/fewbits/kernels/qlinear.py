@@ -1,6 +1,8 @@
-"""Weight-only linear layers on uniform integer grids: pack once, then ``y = x @ (scale * (code - zero)).T + bias``.
+"""Weight-only linear layers: pack once, then ``y = x @ (scale * (code - zero)).T + bias``; tables are in ``qtable.py``.
 
-Activations stay in their dtype and sums are float32, so the result is that of the dense weight up to rounding. Few rows
+Sums are float32, and so is the result, that of the dense weight up to rounding, before it takes the dtype of ``x``. With
+AVX2, ``x`` of up to 16 rows becomes fixed point with a power of two for every 128 columns at most: 31 bits, or 16 where these
+lose less than half of the rounding of bfloat16 or float16 ``x`` (summed over all columns but the largest). Few rows
 of ``x`` (decoding) are multiplied by the packed codes directly, which costs one pass over the packed bytes; many rows
 (a prompt) by tiles of dequantized columns, through torch's own matrix product.
 """
@@ -35,16 +37,18 @@ class PackedWeight:
     """A weight ``[out, in]`` in the kernels' order: rows in blocks of 16, one 32-bit lane for each row.
 
     ``codes`` int32 ``[words]``, ``scale`` float32|float16|bfloat16 and ``zero`` uint8 ``[blocks, groups, 16]``;
-    ``order`` int32 ``[in]``, the column of the weight at each packed column, or None when they are the same.
+    ``order`` int32 ``[in]``, the column of the weight at each packed column, or None when they are the same; ``kind``
+    the meaning of a code for C++ (integers: their bits); ``table`` float32 ``[16]`` when codes are places in it.
     """
 
-    bits: int
+    kind: int
     shape: tuple[int, int]
     group: int
     codes: Tensor
     scale: Tensor
     zero: Tensor
     order: Tensor | None
+    table: Tensor | None
     handle: Any = field(repr=False, compare=False)
 
     @property
@@ -53,7 +57,8 @@ class PackedWeight:
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scale, self.zero))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self.bits, self.shape, self.group, self.codes, self.scale, self.zero, self.order)
+        parts = (self.codes, self.scale, self.zero, self.order, self.table)
+        return rebuild, (self.kind, self.shape, self.group, *parts)
 
 
 def available() -> bool:
@@ -63,7 +68,7 @@ def available() -> bool:
 
 _table.register(
     "qlinear",
-    "(x f32|f16|bf16[.., in], packed codes 2|3|4|8 bits[out, in], scale, zero, bias f32[out]?) -> [.., out]",
+    "(x f32|f16|bf16[.., in], packed codes 2|3|4|8 bits|table|fp8[out, in], scale, zero, bias f32[out]?) -> [.., out]",
     lambda level: f"{_C.qlinear_isa()} product for up to {FUSED_ROWS} rows, dequantized tiles above",
 )
 
@@ -96,26 +101,46 @@ def pack_weight(
     ``group`` -1 means the whole row; the last group may be short; ``g_idx`` int ``[in]`` when groups are not
     consecutive. 5, 6 and 7 bits are kept in 8. Raises RequestError on wrong shapes, and without the C++ kernels.
     """
+    out, columns = codes.shape
+    group = columns if group == -1 else min(group, columns)
+    if not 2 <= bits <= 8:
+        raise RequestError(f"bits {bits} cannot be packed; allowed: 2 to 8")
+    check_params(codes.shape, group, scale=scale, zero=zero)
+    stored = bits if bits in (2, 3, 4, 8) else 8
+    return pack(stored, codes, group, by_block(scale), by_block(zero.to(torch.uint8)), g_idx)
+
+
+def check_params(shape: Sequence[int], group: int, **params: Tensor) -> None:
+    """Raise RequestError unless the kernels are there and ``params`` have a value for each of the groups of ``shape``."""
     if not available():
         raise RequestError(
             "the C++ kernels are not available; build them with `pip install .`, or use the dense weight"
         )
-    out, columns = codes.shape
-    group = columns if group == -1 else min(group, columns)
-    groups = -(-columns // group)
-    if not 2 <= bits <= 8:
-        raise RequestError(f"bits {bits} cannot be packed; allowed: 2 to 8")
-    for name, p in (("scale", scale), ("zero", zero)):
-        if tuple(p.shape) != (out, groups):
+    out, columns = shape
+    for name, p in params.items():
+        if tuple(p.shape) != (out, -(-columns // group)):
+            expected = (out, -(-columns // group))
             raise RequestError(
-                f"{name} has shape {tuple(p.shape)}; {out} rows of {columns} columns by {group} need {(out, groups)}"
+                f"{name} has shape {tuple(p.shape)}; {out} rows of {columns} columns by {group} need {expected}"
             )
-    if scale.dtype not in DTYPES:
-        raise RequestError(f"scales of {scale.dtype} cannot be packed; allowed: float32, float16, bfloat16")
-    stored = bits if bits in (2, 3, 4, 8) else 8
+    if params["scale"].dtype not in DTYPES:
+        raise RequestError(f"scales of {params['scale'].dtype} cannot be packed; allowed: float32, float16, bfloat16")
+
+
+def pack(
+    kind: int,
+    codes: Tensor,
+    group: int,
+    scale: Tensor,
+    zero: Tensor,
+    g_idx: Tensor | None,
+    table: Tensor | None = None,
+) -> PackedWeight:
+    """``codes`` uint8 ``[out, in]`` in the kernels' order, with params that have it already (:func:`by_block`)."""
+    out, columns = codes.shape
     order = None if g_idx is None else column_order(g_idx.cpu(), group)
-    packed = torch.empty(_C.qlinear_words(stored, out, columns, group), dtype=torch.int32)
-    weight = _rebuild(stored, (out, columns), group, packed, _by_block(scale), _by_block(zero.to(torch.uint8)), order)
+    packed = torch.empty(_C.qlinear_words(kind, out, columns, group), dtype=torch.int32)
+    weight = rebuild(kind, (out, columns), group, packed, scale, zero, order, table)
     codes = codes.to("cpu", torch.uint8).contiguous()
     weight.handle.pack(codes.data_ptr(), torch.get_num_threads())
     return weight
@@ -156,17 +181,19 @@ def stack(parts: Sequence[PackedWeight]) -> tuple[PackedWeight, list[PackedWeigh
     first, outs = parts[0], [p.shape[0] for p in parts]
     if len(parts) == 1:
         return first, [first]
-    kinds = {(p.bits, p.shape[1], p.group, p.scale.dtype, p.order is None) for p in parts}
+    kinds = {(p.kind, p.shape[1], p.group, p.scale.dtype, p.order is None) for p in parts}
     if len(kinds) > 1 or any(out % ROWS for out in outs[:-1]):
         return None
     if first.order is not None and any(p.order is None or not torch.equal(p.order, first.order) for p in parts):
         return None
+    if first.table is not None and any(p.table is None or not torch.equal(p.table, first.table) for p in parts):
+        return None
     codes, scale, zero = (torch.cat([getattr(p, n) for p in parts]) for n in ("codes", "scale", "zero"))
-    bits, columns, group = first.bits, first.shape[1], first.group
-    whole = _rebuild(bits, (sum(outs), columns), group, codes, scale, zero, first.order)
+    kind, columns, group = first.kind, first.shape[1], first.group
+    whole = rebuild(kind, (sum(outs), columns), group, codes, scale, zero, first.order, first.table)
     blocks = [-(-out // ROWS) for out in outs]
     pieces = zip(outs, codes.split([len(p.codes) for p in parts]), scale.split(blocks), zero.split(blocks), strict=True)
-    return whole, [_rebuild(bits, (out, columns), group, c, s, z, first.order) for out, c, s, z in pieces]
+    return whole, [rebuild(kind, (out, columns), group, c, s, z, first.order, first.table) for out, c, s, z in pieces]
 
 
 def matmul(x: Tensor, p: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -233,16 +260,24 @@ def _scratch(count: int, dtype: torch.dtype) -> Tensor:
     return held[: count * dtype.itemsize].view(dtype)
 
 
-def _by_block(p: Tensor) -> Tensor:
+def by_block(p: Tensor) -> Tensor:
     """``[out, groups]`` to ``[blocks, groups, 16]``; rows that fill the last block get zeros."""
     out, groups = p.shape
     padded = F.pad(p.cpu(), (0, 0, 0, -out % ROWS))
     return padded.view(-1, ROWS, groups).transpose(1, 2).contiguous()
 
 
-def _rebuild(
-    bits: int, shape: tuple[int, int], group: int, codes: Tensor, scale: Tensor, zero: Tensor, order: Tensor | None
+def rebuild(
+    kind: int,
+    shape: tuple[int, int],
+    group: int,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    order: Tensor | None,
+    table: Tensor | None = None,
 ) -> PackedWeight:
-    addresses = (codes.data_ptr(), scale.data_ptr(), zero.data_ptr(), 0 if order is None else order.data_ptr())
-    handle = _C.QLinear(bits, *shape, group, addresses, DTYPES[scale.dtype])
-    return PackedWeight(bits, shape, group, codes, scale, zero, order, handle)
+    """The weight of tensors that have the kernels' order."""
+    addresses = tuple(0 if t is None else t.data_ptr() for t in (codes, scale, zero, order, table))
+    handle = _C.QLinear(kind, *shape, group, addresses, DTYPES[scale.dtype])
+    return PackedWeight(kind, shape, group, codes, scale, zero, order, table, handle)

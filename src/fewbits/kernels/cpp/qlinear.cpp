@@ -35,6 +35,17 @@ Kernels choose() {
     return k;
 }
 
+Kernels choose_tables() {
+    Kernels k = portable_table_kernels();
+#if defined(FEWBITS_WITH_AVX2)
+    if (isa() >= Isa::avx2) k = avx2_table_kernels();
+#endif
+#if defined(FEWBITS_WITH_AVX512)
+    if (isa() >= Isa::avx512) k = avx512_table_kernels();
+#endif
+    return k;
+}
+
 void pack_unit(int bits, const uint8_t* codes, int64_t count, uint32_t* lane) {
     for (int64_t j = 0; j < count; ++j) {
         const uint32_t code = codes[j];
@@ -57,7 +68,7 @@ uint8_t unpack_code(int bits, const uint32_t* lane, int j) {
 // Walks the units of one block: visit(first packed column, columns, lane of row 0).
 template <class Visit>
 void each_unit(const Weight& w, int64_t block, const Visit& visit) {
-    const int64_t unit = unit_columns(w.bits), words = unit_vectors(w.bits) * kRows;
+    const int64_t unit = unit_columns(w.code), words = unit_vectors(w.code) * kRows;
     int64_t at = block * w.block_words();
     for (int64_t g = 0; g < w.groups; ++g) {
         const int64_t columns = w.columns_of(g);
@@ -126,10 +137,10 @@ T* pointer(uintptr_t address) {
 // Addresses of tensors that the Python object keeps alive beside this one.
 class Packed {
   public:
-    Packed(int bits, int64_t out, int64_t in, int64_t group, nb::tuple addresses, int scale_dtype) {
+    Packed(int code, int64_t out, int64_t in, int64_t group, nb::tuple addresses, int scale_dtype) {
         w_ = {pointer<uint32_t>(nb::cast<uintptr_t>(addresses[0])), pointer<void>(nb::cast<uintptr_t>(addresses[1])),
               pointer<uint8_t>(nb::cast<uintptr_t>(addresses[2])), pointer<int32_t>(nb::cast<uintptr_t>(addresses[3])),
-              static_cast<Dtype>(scale_dtype), bits, out, in, group, (in + group - 1) / group};
+              pointer<float>(nb::cast<uintptr_t>(addresses[4])), static_cast<Dtype>(scale_dtype), code, bits_of(code), out, in, group, (in + group - 1) / group};
     }
 
     void pack(uintptr_t codes, int threads) const {
@@ -147,7 +158,7 @@ class Packed {
     }
 
     void product(uintptr_t x, uintptr_t y, uintptr_t bias, int batch, int dtype, int threads) const {
-        const Kernels k = choose();
+        const Kernels k = kernels();
         const auto type = static_cast<Dtype>(dtype);
         const int size = type == Dtype::f32 ? 4 : 2;
         const int64_t blocks = w_.blocks();
@@ -166,7 +177,7 @@ class Packed {
 
     // Blocks [first, last) as columns of a matrix [in, stride]; dtype f32 or bf16.
     void dequantize(uintptr_t out, int64_t stride, int64_t first, int64_t last, int dtype, int threads) const {
-        const Kernels k = choose();
+        const Kernels k = kernels();
         const Tile t{pointer<void>(out), static_cast<Dtype>(dtype), stride, first, last};
         const int64_t count = last - first;
         parallel_for(count, 2, useful_threads(w_, threads),
@@ -174,6 +185,8 @@ class Packed {
     }
 
   private:
+    Kernels kernels() const { return w_.code < kTable ? choose() : choose_tables(); }
+
     Weight w_;
 };
 
@@ -185,8 +198,9 @@ namespace fewbits {
 void bind_qlinear(nb::module_& m) {
     using qlinear::Packed;
     m.def("qlinear_isa", [] { return std::string(qlinear::choose().isa); });
-    m.def("qlinear_words", [](int bits, int64_t out, int64_t in, int64_t group) {
-        const qlinear::Weight w{nullptr, nullptr, nullptr, nullptr, qlinear::Dtype::f32, bits, out, in, group, (in + group - 1) / group};
+    m.def("qlinear_words", [](int code, int64_t out, int64_t in, int64_t group) {
+        qlinear::Weight w{};
+        w.code = code, w.out = out, w.in = in, w.group = group, w.groups = (in + group - 1) / group;
         return w.blocks() * w.block_words();
     });
     using qlinear::Dtype;

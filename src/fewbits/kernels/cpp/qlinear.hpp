@@ -24,8 +24,15 @@ constexpr int kMaxBatch = 8;
 
 enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
 
-constexpr int unit_columns(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : bits == 2 ? 16 : 32; }
-constexpr int unit_vectors(int bits) { return bits == 3 ? 3 : 1; }
+// What a code means: an integer of as many bits (2, 3, 4, 8), an entry of a table of 16 values, a finite FP8 number.
+constexpr int kTable = 20, kE4M3 = 40, kE5M2 = 41;
+constexpr int bits_of(int code) { return code == kTable ? 4 : code >= kE4M3 ? 8 : code; }
+constexpr int unit_columns(int code) { return bits_of(code) == 8 ? 4 : bits_of(code) == 4 ? 8 : code == 2 ? 16 : 32; }
+constexpr int unit_vectors(int code) { return code == 3 ? 3 : 1; }
+
+// The bits of an FP8 number, put where a float32 has its own, are a float32 too small by this power of two; half of it is
+// taken from the activations and half from the scale, so that no product leaves the range.
+constexpr float gain_of(int code) { return code == kE4M3 ? 0x1p60f : code == kE5M2 ? 0x1p56f : 1.0f; }
 
 // Fixed-point activations share a power of two per chunk of at most 128 columns; a group has whole chunks but for its last one.
 // 128 * 255 * 32768 < 2^31: sums of a chunk are exact in 32 bits.
@@ -37,22 +44,24 @@ struct Weight {
     const void* scale;
     const uint8_t* zero;
     const int32_t* order;  // column of x at each packed column when they differ, else null
+    const float* table;    // [16] for kTable
     Dtype scale_dtype;
-    int bits;
+    int code;  // see above
+    int bits;  // of a code in its lane
     int64_t out, in;
     int64_t group;   // columns of a full group
     int64_t groups;  // the last one may be shorter
 
     int64_t blocks() const { return (out + kRows - 1) / kRows; }
     int64_t columns_of(int64_t g) const { return g + 1 < groups ? group : in - group * (groups - 1); }
-    int64_t units_of(int64_t g) const { return (columns_of(g) + unit_columns(bits) - 1) / unit_columns(bits); }
+    int64_t units_of(int64_t g) const { return (columns_of(g) + unit_columns(code) - 1) / unit_columns(code); }
     int64_t units() const { return (groups - 1) * units_of(0) + units_of(groups - 1); }
-    int64_t padded() const { return units() * unit_columns(bits); }
-    int64_t block_words() const { return units() * unit_vectors(bits) * kRows; }
+    int64_t padded() const { return units() * unit_columns(code); }
+    int64_t block_words() const { return units() * unit_vectors(code) * kRows; }
     // Groups that end in the middle of a unit leave holes between packed columns.
     int64_t chunks_of(int64_t g) const { return (columns_of(g) + kChunk - 1) / kChunk; }
     int64_t chunks() const { return (groups - 1) * chunks_of(0) + chunks_of(groups - 1); }
-    bool straight() const { return order == nullptr && (groups == 1 || group % unit_columns(bits) == 0); }
+    bool straight() const { return order == nullptr && (groups == 1 || group % unit_columns(code) == 0); }
 };
 
 // One call of the fused product for `batch` <= kMaxBatch rows of activations.
@@ -84,6 +93,7 @@ struct Kernels {
     ProductFn product_bf16;   // x as bfloat16 pairs; null where the CPU has no such instruction; bits 2, 3, 4
     ProductFn product_fixed;  // x as pairs of int16 (see prepare_fixed); null where product is as fast
     DequantizeFn dequantize;
+    int quads = 0;  // up to this many rows, product takes x by four columns of a table's unit (see place_quad)
 };
 
 // Contiguous rows of activations.
@@ -102,5 +112,8 @@ Kernels portable_kernels();
 Kernels avx2_kernels();
 Kernels avx512_kernels();
 Kernels avx512_bf16_kernels();
+Kernels portable_table_kernels();  // for codes from kTable on
+Kernels avx2_table_kernels();
+Kernels avx512_table_kernels();
 
 }  // namespace fewbits::qlinear

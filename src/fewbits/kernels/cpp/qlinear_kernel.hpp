@@ -1,5 +1,5 @@
 // The product and the dequantization, written once in vector extensions of W lanes and compiled once per instruction set:
-// define FEWBITS_W (4: any CPU; 8: AVX2, FMA, F16C; 16: AVX-512) and include. Everything has internal linkage, because the same name compiled for two
+// define FEWBITS_W (4: any CPU; 8: AVX2, FMA, F16C; 16: AVX-512), FEWBITS_TABLES for tables and FP8 in place of integers, and include. Everything has internal linkage, because the same name compiled for two
 // instruction sets must never be merged by the linker.
 #include <cstring>
 
@@ -106,17 +106,48 @@ FEWBITS_INLINE vf load_zero(const Weight& w, int64_t at) {
     return __builtin_convertvector(__builtin_convertvector(load<vb>(w.zero + at), vi), vf);
 }
 
-// Code of column j times 2**shift_of(j), as a non-negative integer. v points at the unit's first vector.
-template <int BITS>
-FEWBITS_INLINE vf field(const uint32_t* v, int j) {
-    if constexpr (BITS == 8) {
+// The table of a weight, in registers where it fits.
+struct Lookup {
+#if FEWBITS_W == 16
+    vf all;
+    explicit Lookup(const float* t) : all(t ? load<vf>(t) : vf{}) {}
+    FEWBITS_INLINE vf operator()(vu code) const { return (vf)_mm512_permutexvar_ps((__m512i)code, (__m512)all); }
+#elif FEWBITS_W == 8
+    vf low, high;
+    explicit Lookup(const float* t) : low(t ? load<vf>(t) : vf{}), high(t ? load<vf>(t + 8) : vf{}) {}
+    FEWBITS_INLINE vf operator()(vu code) const {  // the permutation reads 3 bits, the selection the sign bit
+        const __m256 a = _mm256_permutevar8x32_ps((__m256)low, (__m256i)code), b = _mm256_permutevar8x32_ps((__m256)high, (__m256i)code);
+        return (vf)_mm256_blendv_ps(a, b, (__m256)(code << 28));
+    }
+#else
+    const float* table;
+    explicit Lookup(const float* t) : table(t) {}
+    FEWBITS_INLINE vf operator()(vu code) const {
+        vf v;
+        for (int i = 0; i < W; i++) v[i] = table[code[i] & 15];
+        return v;
+    }
+#endif
+};
+
+// What the code of column j of a unit stands for: an integer times 2**shift_of(j), a table's value, an FP8 number divided by
+// gain_of(CODE)**2. v points at the unit's first vector.
+template <int CODE>
+FEWBITS_INLINE vf field(const uint32_t* v, int j, const Lookup& lookup) {
+    if constexpr (CODE == kTable) {
+        return lookup(load<vu>(v) >> (4 * (j / 2) + 16 * (j % 2)));
+    } else if constexpr (CODE == kE4M3) {
+        return (vf)(((vi)(load<vu>(v) << (24 - 8 * j)) >> 4) & int32_t(0x87f00000));
+    } else if constexpr (CODE == kE5M2) {
+        return (vf)(((vi)(load<vu>(v) << (24 - 8 * j)) >> 3) & int32_t(0x8fe00000));
+    } else if constexpr (CODE == 8) {
         const vu a = load<vu>(v);
         return j == 3 ? __builtin_convertvector((vi)(a >> 24), vf) : __builtin_convertvector((vi)(a & (0xffu << (8 * j))), vf);
-    } else if constexpr (BITS == 4) {
+    } else if constexpr (CODE == 4) {
         const vu a = load<vu>(v);
         const int s = 4 * (j / 2) + 16 * (j % 2);
         return s == 28 ? __builtin_convertvector((vi)(a >> 28), vf) : __builtin_convertvector((vi)(a & (15u << s)), vf);
-    } else if constexpr (BITS == 2) {
+    } else if constexpr (CODE == 2) {
         const vu a = load<vu>(v);
         const int s = 2 * (j / 2) + 16 * (j % 2);
         return s == 30 ? __builtin_convertvector((vi)(a >> 30), vf) : __builtin_convertvector((vi)(a & (3u << s)), vf);
@@ -130,19 +161,19 @@ FEWBITS_INLINE vf field(const uint32_t* v, int j) {
 }
 
 // Units of one group against M rows of activations, added to acc.
-template <int BITS, int M>
-FEWBITS_INLINE void dot(const uint32_t* codes, const float* x, int64_t units, vf* acc) {
-    constexpr int U = unit_columns(BITS), N = M == 1 ? 4 : M <= 3 ? 2 : 1;  // N independent sums hide the latency
+template <int CODE, int M>
+FEWBITS_INLINE void dot(const uint32_t* codes, const float* x, int64_t units, const Lookup& lookup, vf* acc) {
+    constexpr int U = unit_columns(CODE), N = M == 1 ? 4 : M <= 3 ? 2 : 1;  // N independent sums hide the latency
     vf part[N][M] = {};
     for (int64_t u = 0; u < units; u++) {
         __builtin_prefetch(codes + 1024);
 #pragma GCC unroll 32
         for (int j = 0; j < U; j++) {
-            const vf q = field<BITS>(codes, j);
+            const vf q = field<CODE>(codes, j, lookup);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) part[j % N][m] = fma(q, vf{} + x[j * M + m], part[j % N][m]);
         }
-        codes += unit_vectors(BITS) * kRows;
+        codes += unit_vectors(CODE) * kRows;
         x += U * M;
     }
     for (int m = 0; m < M; m++) {
@@ -162,9 +193,10 @@ FEWBITS_INLINE void emit(const Weight& w, const Product& p, int64_t block, int m
     }
 }
 
-template <int BITS, int M>
+template <int CODE, int M>
 void product_blocks(const Weight& w, const Product& p, int64_t first, int64_t last) {
-    const int64_t unit_words = unit_vectors(BITS) * kRows, full = w.units_of(0);
+    const int64_t unit_words = unit_vectors(CODE) * kRows, full = w.units_of(0);
+    const Lookup lookup(w.table);
     for (int64_t b = first; b < last; b++) {
         const uint32_t* codes = w.codes + b * w.block_words();
         const float* x = (const float*)p.x;
@@ -173,12 +205,16 @@ void product_blocks(const Weight& w, const Product& p, int64_t first, int64_t la
             const int64_t units = g + 1 < w.groups ? full : w.units_of(g), at = (b * w.groups + g) * kRows;
             for (int h = 0; h < H; h++) {
                 vf acc[M];
-                dot<BITS, M>(codes + h * W, x, units, acc);
-                const vf s = load_scale(w, at + h * W), z = load_zero(w, at + h * W);
-                for (int m = 0; m < M; m++) total[h][m] = fma(s, acc[m] - z * p.sums[g * M + m], total[h][m]);
+                dot<CODE, M>(codes + h * W, x, units, lookup, acc);
+                const vf s = load_scale(w, at + h * W) * gain_of(CODE);
+                if constexpr (CODE <= 8) {
+                    const vf z = load_zero(w, at + h * W);
+                    for (int m = 0; m < M; m++) acc[m] -= z * p.sums[g * M + m];
+                }
+                for (int m = 0; m < M; m++) total[h][m] = fma(s, acc[m], total[h][m]);
             }
             codes += units * unit_words;
-            x += units * unit_columns(BITS) * M;
+            x += units * unit_columns(CODE) * M;
         }
         for (int m = 0; m < M; m++) {
             float sums[kRows];
@@ -188,25 +224,34 @@ void product_blocks(const Weight& w, const Product& p, int64_t first, int64_t la
     }
 }
 
-template <int BITS>
+template <int CODE>
 void product_bits(const Weight& w, const Product& p, int64_t first, int64_t last) {
-    static constexpr ProductFn by_batch[] = {product_blocks<BITS, 1>, product_blocks<BITS, 2>, product_blocks<BITS, 3>,
-                                             product_blocks<BITS, 4>, product_blocks<BITS, 5>, product_blocks<BITS, 6>,
-                                             product_blocks<BITS, 7>, product_blocks<BITS, 8>};
+    static constexpr ProductFn by_batch[] = {product_blocks<CODE, 1>, product_blocks<CODE, 2>, product_blocks<CODE, 3>,
+                                             product_blocks<CODE, 4>, product_blocks<CODE, 5>, product_blocks<CODE, 6>,
+                                             product_blocks<CODE, 7>, product_blocks<CODE, 8>};
     by_batch[p.batch - 1](w, p, first, last);
 }
 
+#if defined(FEWBITS_TABLES)
+[[maybe_unused]] void product(const Weight& w, const Product& p, int64_t first, int64_t last) {
+    if (w.code == kTable) product_bits<kTable>(w, p, first, last);
+    else if (w.code == kE4M3) product_bits<kE4M3>(w, p, first, last);
+    else product_bits<kE5M2>(w, p, first, last);
+}
+#else
 [[maybe_unused]] void product(const Weight& w, const Product& p, int64_t first, int64_t last) {
     if (w.bits == 4) product_bits<4>(w, p, first, last);
     else if (w.bits == 8) product_bits<8>(w, p, first, last);
     else if (w.bits == 2) product_bits<2>(w, p, first, last);
     else product_bits<3>(w, p, first, last);
 }
+#endif
 
-template <int BITS>
+template <int CODE>
 constexpr float unscale(int j) {
-    const int step = BITS == 8 ? 8 * j : (BITS == 3 ? 2 : BITS) * ((j % (BITS == 3 ? 16 : 32)) / 2) + 16 * (j % 2);
-    const int top = BITS == 8 ? 24 : BITS == 4 ? 28 : 30;
+    if (CODE > 8) return gain_of(CODE) * gain_of(CODE);
+    const int step = CODE == 8 ? 8 * j : (CODE == 3 ? 2 : CODE) * ((j % (CODE == 3 ? 16 : 32)) / 2) + 16 * (j % 2);
+    const int top = CODE == 8 ? 24 : CODE == 4 ? 28 : 30;
     float f = 1.0f;
     for (int i = 0; step != top && i < step; i++) f *= 0.5f;
     return f;
@@ -232,18 +277,20 @@ FEWBITS_INLINE void put(T* out, const vf* v) {
     }
 }
 
-template <int BITS, int P, class T>
+template <int CODE, int P, class T>
 FEWBITS_INLINE void dequantize_blocks(const Weight& w, T* out, int64_t stride, int64_t block) {
-    constexpr int U = unit_columns(BITS);
-    const int64_t unit_words = unit_vectors(BITS) * kRows, block_words = w.block_words();
+    constexpr int U = unit_columns(CODE);
+    const int64_t unit_words = unit_vectors(CODE) * kRows, block_words = w.block_words();
     const uint32_t* codes = w.codes + block * block_words;
+    const Lookup lookup(w.table);
     for (int64_t g = 0; g < w.groups; g++) {
         const int64_t columns = w.columns_of(g);
         vf s[P * H], z[P * H];
         for (int i = 0; i < P * H; i++) {
             const int64_t at = ((block + i / H) * w.groups + g) * kRows + (i % H) * W;
             s[i] = load_scale(w, at);
-            z[i] = vf{} - load_zero(w, at);
+            z[i] = vf{};
+            if constexpr (CODE <= 8) z[i] -= load_zero(w, at);
         }
         for (int64_t c = 0; c < columns; c += U, codes += unit_words) {
             const int64_t count = columns - c < U ? columns - c : U, column = g * w.group + c;
@@ -253,7 +300,7 @@ FEWBITS_INLINE void dequantize_blocks(const Weight& w, T* out, int64_t stride, i
                 vf v[P * H];
                 for (int i = 0; i < P * H; i++) {
                     // The code and its difference from the zero point are integers: exact, with or without contraction.
-                    v[i] = fma(field<BITS>(codes + (i / H) * block_words + (i % H) * W, j), vf{} + unscale<BITS>(j), z[i]) * s[i];
+                    v[i] = fma(field<CODE>(codes + (i / H) * block_words + (i % H) * W, j, lookup), vf{} + unscale<CODE>(j), z[i]) * s[i];
                 }
                 put<P>(out + (w.order ? w.order[column + j] : column + j) * stride, v);
             }
@@ -262,13 +309,21 @@ FEWBITS_INLINE void dequantize_blocks(const Weight& w, T* out, int64_t stride, i
 }
 
 // Two blocks at a time, so that a cache line of bfloat16 is written once.
-template <int BITS, class T>
+template <int CODE, class T>
 void dequantize_bits(const Weight& w, const Tile& t, int64_t first, int64_t last) {
     T* out = (T*)t.out + (first - t.first) * kRows;
-    for (; first + 2 <= last; first += 2, out += 2 * kRows) dequantize_blocks<BITS, 2>(w, out, t.stride, first);
-    if (first < last) dequantize_blocks<BITS, 1>(w, out, t.stride, first);
+    for (; first + 2 <= last; first += 2, out += 2 * kRows) dequantize_blocks<CODE, 2>(w, out, t.stride, first);
+    if (first < last) dequantize_blocks<CODE, 1>(w, out, t.stride, first);
 }
 
+#if defined(FEWBITS_TABLES)
+template <class T>
+void dequantize_to(const Weight& w, const Tile& t, int64_t first, int64_t last) {
+    if (w.code == kTable) dequantize_bits<kTable, T>(w, t, first, last);
+    else if (w.code == kE4M3) dequantize_bits<kE4M3, T>(w, t, first, last);
+    else dequantize_bits<kE5M2, T>(w, t, first, last);
+}
+#else
 template <class T>
 void dequantize_to(const Weight& w, const Tile& t, int64_t first, int64_t last) {
     if (w.bits == 4) dequantize_bits<4, T>(w, t, first, last);
@@ -276,6 +331,7 @@ void dequantize_to(const Weight& w, const Tile& t, int64_t first, int64_t last) 
     else if (w.bits == 2) dequantize_bits<2, T>(w, t, first, last);
     else dequantize_bits<3, T>(w, t, first, last);
 }
+#endif
 
 [[maybe_unused]] void dequantize(const Weight& w, const Tile& t, int64_t first, int64_t last) {
     if (t.dtype == Dtype::f32) dequantize_to<float>(w, t, first, last);

@@ -36,14 +36,20 @@ Scratch& scratch() {
     return s;
 }
 
+// Place of column j of a table's unit, of row m among `batch`, in the order of bytes in its lane: columns 0, 4, 1, 5 of every
+// row, then columns 2, 6, 3, 7.
+inline int64_t place_quad(int64_t j, int64_t m, int64_t batch) {
+    return ((j & 7) / 2 % 2 * batch + m) * 4 + 2 * (j & 1) + ((j >> 2) & 1) + (j & ~int64_t(7)) * batch;
+}
+
 // x [batch][in] becomes float32 [padded][batch], each column divided by 2**shift of its code (exact: a power of two), so that
 // kernels mask codes and need not shift them. Sums of each group are taken here, in float32, column after column.
-void prepare_floats(const Weight& w, const void* x, Dtype dtype, int batch, Scratch& s) {
-    const int unit = unit_columns(w.bits), top = w.bits == 8 ? 24 : w.bits == 4 ? 28 : 30;
+void prepare_floats(const Weight& w, const void* x, Dtype dtype, int batch, bool quads, Scratch& s) {
+    const int unit = unit_columns(w.code), top = w.bits == 8 ? 24 : w.bits == 4 ? 28 : 30;
     float by[32];
     for (int j = 0; j < unit; ++j) {
-        by[j] = 1.0f;
-        for (int i = 0; step_of(w.bits, j) != top && i < step_of(w.bits, j); ++i) by[j] *= 0.5f;
+        by[j] = gain_of(w.code);
+        for (int i = 0; w.code < kTable && step_of(w.bits, j) != top && i < step_of(w.bits, j); ++i) by[j] *= 0.5f;
     }
     s.x.assign(size_t(w.padded() * batch), 0.0f);
     s.sums.assign(size_t(w.groups * batch), 0.0f);
@@ -56,7 +62,7 @@ void prepare_floats(const Weight& w, const void* x, Dtype dtype, int batch, Scra
                 const int64_t column = g * w.group + c;
                 const float v = to_float(x, dtype, m * w.in + (w.order ? w.order[column] : column));
                 sum[c & 3] += v;
-                at[c * batch + m] = v * by[c & (unit - 1)];
+                at[quads ? place_quad(c, m, batch) : c * batch + m] = v * by[c & (unit - 1)];
             }
             s.sums[size_t(g * batch + m)] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
         }
@@ -65,7 +71,7 @@ void prepare_floats(const Weight& w, const void* x, Dtype dtype, int batch, Scra
 
 // The same for bfloat16 kernels: pairs of columns [padded / 2][batch], unscaled. Returns x itself when it has this form already.
 const void* prepare_pairs(const Weight& w, const uint16_t* x, int batch, Scratch& s) {
-    const int unit = unit_columns(w.bits);
+    const int unit = unit_columns(w.code);
     s.sums.assign(size_t(w.groups * batch), 0.0f);
     const bool as_is = batch == 1 && w.straight() && w.padded() == w.in;
     if (!as_is) s.pairs.assign(size_t(w.padded() / 2 * batch), 0);
@@ -162,8 +168,8 @@ bool prepare_fixed(const Weight& w, const Rows& x, Scratch& s, Product& p) {
     std::vector<float> low_sums(size_t(w.groups * batch), 0.0f);
     Chunk c;
     for (int64_t g = 0, chunk = 0; g < w.groups; ++g) {
-        const int64_t columns = w.columns_of(g), start = g * w.units_of(0) * unit_columns(w.bits);
-        const int64_t padded = w.units_of(g) * unit_columns(w.bits);
+        const int64_t columns = w.columns_of(g), start = g * w.units_of(0) * unit_columns(w.code);
+        const int64_t padded = w.units_of(g) * unit_columns(w.code);
         for (int64_t at = 0; at < columns; at += kChunk, ++chunk) {
             const int64_t count = columns - at < kChunk ? columns - at : kChunk;
             const int64_t room = padded - at < kChunk ? padded - at : kChunk;
@@ -197,13 +203,13 @@ ProductFn prepare(const Kernels& k, const Weight& w, const Rows& x, Product& p) 
     Scratch& s = scratch();
     p.batch = int(x.rows);
     ProductFn run = k.product;
-    if (x.dtype == Dtype::bf16 && k.product_bf16 && w.bits != 8) {
+    if (x.dtype == Dtype::bf16 && k.product_bf16 && w.code < 8) {
         p.x = prepare_pairs(w, static_cast<const uint16_t*>(x.x), p.batch, s);
         run = k.product_bf16;
     } else if (k.product_fixed && prepare_fixed(w, x, s, p)) {
         run = k.product_fixed;
     } else {
-        prepare_floats(w, x.x, x.dtype, p.batch, s);
+        prepare_floats(w, x.x, x.dtype, p.batch, w.code == kTable && p.batch <= k.quads, s);
         p.x = s.x.data();
     }
     p.sums = s.sums.data();

@@ -1,10 +1,11 @@
-"""Weight-only linear layers: pack once, then ``y = x @ (scale * (code - zero)).T + bias``; tables are in ``qtable.py``.
+"""Weight-only linear layers on integer grids (others: ``qtable``): pack, ``y = x @ (scale * (code - zero)).T + bias``.
 
-Sums are float32, and so is the result, that of the dense weight up to rounding, before it takes the dtype of ``x``. With
-AVX2, ``x`` of up to 16 rows becomes fixed point with a power of two for every 128 columns at most: 31 bits, or 16 where these
-lose less than half of the rounding of bfloat16 or float16 ``x`` (summed over all columns but the largest). Few rows
+Sums are float32 and take the dtype of ``x`` at the end: the result is that of the dense weight up to rounding. Few rows
 of ``x`` (decoding) are multiplied by the packed codes directly, which costs one pass over the packed bytes; many rows
 (a prompt) by tiles of dequantized columns, through torch's own matrix product.
+
+With AVX2 the few rows become fixed-point numbers that share a power of two over at most 128 columns: of 31 bits, or of
+16 where these lose less than half of the rounding of bfloat16 or float16 ``x``, summed over all columns but the largest.
 """
 
 from __future__ import annotations
@@ -101,8 +102,7 @@ def pack_weight(
     ``group`` -1 means the whole row; the last group may be short; ``g_idx`` int ``[in]`` when groups are not
     consecutive. 5, 6 and 7 bits are kept in 8. Raises RequestError on wrong shapes, and without the C++ kernels.
     """
-    out, columns = codes.shape
-    group = columns if group == -1 else min(group, columns)
+    group = codes.shape[1] if group == -1 else min(group, codes.shape[1])
     if not 2 <= bits <= 8:
         raise RequestError(f"bits {bits} cannot be packed; allowed: 2 to 8")
     check_params(codes.shape, group, scale=scale, zero=zero)
@@ -111,7 +111,7 @@ def pack_weight(
 
 
 def check_params(shape: Sequence[int], group: int, **params: Tensor) -> None:
-    """Raise RequestError unless the kernels are there and ``params`` have a value for each of the groups of ``shape``."""
+    """Raise RequestError unless the kernels are there and ``params`` have a value for each group of ``shape``."""
     if not available():
         raise RequestError(
             "the C++ kernels are not available; build them with `pip install .`, or use the dense weight"

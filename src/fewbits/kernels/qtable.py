@@ -1,7 +1,7 @@
 """Weight-only linear layers on grids that are tables: NF4, FP4, FP6, FP8: ``y = x @ (scale * table[code]).T + bias``.
 
-Up to 16 values (NF4, bitsandbytes' FP4, E2M1 with MX or NVFP4 scales) are kept as 4 bits and looked up in float32; larger
-tables must consist of FP8 numbers, E4M3 or E5M2, times one power of two, and are kept as these. The packed weight is one of
+Up to 16 values (NF4, bitsandbytes' FP4, E2M1 with MX or NVFP4 scales) are kept as 4 bits and looked up in float32;
+larger tables must consist of numbers that E4M3 or E5M2 has, and are kept as these. The packed weight is one of
 ``qlinear``: its ``matmul``, ``dequantize`` and ``stack`` take it.
 """
 
@@ -28,8 +28,7 @@ def pack_table(
     consecutive. A scale per tensor or block is expanded by the caller. Raises RequestError on wrong shapes, codes
     beyond the table or of values that are not finite, tables that the kernels cannot hold, and without C++ kernels.
     """
-    out, columns = codes.shape
-    group = columns if group == -1 else min(group, columns)
+    group = codes.shape[1] if group == -1 else min(group, codes.shape[1])
     qlinear.check_params(codes.shape, group, scale=scale)
     table, codes = table.detach().float().cpu(), codes.to("cpu", torch.uint8)
     _check_codes(codes, table)

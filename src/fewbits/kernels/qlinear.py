@@ -5,7 +5,7 @@ of ``x`` (decoding) are multiplied by the packed codes directly, which costs one
 (a prompt) by tiles of dequantized columns, through torch's own matrix product.
 
 With AVX2 the few rows become fixed-point numbers that share a power of two over at most 128 columns: of 31 bits, or of
-16 where these lose less than half of the rounding of bfloat16 or float16 ``x``, over all columns but the largest.
+16 where these lose less than half of the rounding of bfloat16 or float16 ``x``, summed over all but the largest column.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ _table.register(
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight int8 ``[out, in]`` in kernel order: ``data`` ``[blocks, quads, 16, 4]``, ``sums`` int32 of rows."""
+    """A weight int8 ``[out, in]`` in the kernels' order: ``data`` ``[blocks, quads, 16, 4]``, int32 sums of rows."""
 
     shape: tuple[int, int]
     data: Tensor

@@ -44,7 +44,7 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
     length = 4 * words(n, bits)
     if pieces.shape[-1] < length:
         pieces = torch.nn.functional.pad(pieces, (0, length - pieces.shape[-1]))
-    packed = pieces[..., :length].reshape(-1).view(torch.int32).view(*rows.shape[:-1], length // 4)
+    packed = pieces[..., :length].reshape(-1).contiguous().view(torch.int32).view(*rows.shape[:-1], length // 4)
     return packed.movedim(-1, dim).contiguous()
 
 

@@ -307,10 +307,10 @@ def test_compressed_tensors_configuration() -> None:
 
 def test_unknown_formats_and_methods() -> None:
     with pytest.raises(
-        RequestError, match="format 'gguff' is unknown; allowed: compressed-tensors, gptq, awq, fewbits"
+        RequestError, match="format 'gguff' is unknown; allowed: compressed-tensors, gptq, awq, fewbits, bitsandbytes"
     ):
         formats.get("gguff")
-    for config in ({"quant_method": "bitsandbytes"}, {}, {"quant_method": 5}, None):
+    for config in ({"quant_method": "quanto"}, {}, {"quant_method": 5}, None):
         with pytest.raises(RequestError, match="cannot be read; readable: "):
             formats.detect(config)  # type: ignore[arg-type]
 
@@ -327,7 +327,7 @@ def test_unknown_formats_and_methods() -> None:
         ({"quant_method": "gptq", "bits": 4, "group_size": 0}, "group_size = 0"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version = 'gemv'"),
         ({"quant_method": "awq", "w_bit": 8}, "w_bit = 8"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format = 'nvfp4-pack"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "format = 'marlin-24"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "no config_groups"),
         ({"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": ["Linear"]}}}, "no weights"),
         (

@@ -151,7 +151,7 @@ def test_damage_is_named(name: str) -> None:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("float") / "model"
-    tiny_model("llama", path, hidden_size=128, intermediate_size=256)
+    tiny_model("llama", path, hidden_size=128, intermediate_size=256, vocab_size=320)
     tiny_tokenizer(path)
     return path
 
@@ -198,7 +198,9 @@ def test_whole_models(
         assert not any(type(m).__name__ == "QuantLinear" for m in theirs.modules())
         with torch.no_grad():
             foreign = theirs(IDS).logits
-        assert float((foreign - ours).abs().max()) <= 1e-3 * float(ours.max() - ours.min())
+        assert float((foreign - ours).abs().max()) <= (1e-2 if grid == "nvfp4" else 1e-3) * float(
+            ours.max() - ours.min()
+        )
 
 
 def test_options_that_a_grid_leaves_open(source: Path, tmp_path: Path) -> None:

@@ -121,9 +121,9 @@ class CompressedTensors:
             "global_compression_ratio": None,
         }
         # transformers (5.23 with compressed-tensors 0.20) prepares packed modules without packing their zero points and
-        # cannot load affine ones, but it can dequantize them while loading. vLLM passes over this key.
-        affine = any(isinstance(s.grid, Int) and not s.grid.symmetric for s in schemes.values())
-        return found | {"dequantize": True} if affine else found
+        # cannot load affine ones; MX and NVFP4 weights it makes bfloat16 even in models of another dtype, which then do
+        # not run. It can dequantize both kinds while loading. vLLM passes over this key.
+        return found | {"dequantize": True} if any(_awkward(s.grid) for s in schemes.values()) else found
 
     def files(self, entries: Sequence[Entry]) -> dict[str, str]:
         return {}
@@ -202,6 +202,10 @@ def _weights(grid: Int) -> dict[str, Any]:
         "group_size": grid.group if strategy == "group" else None,
         "dynamic": False,
     }
+
+
+def _awkward(grid: Int | Float) -> bool:
+    return not grid.symmetric if isinstance(grid, Int) else grid.scale not in common.SCALES.values()
 
 
 def _grid(form: str, label: object, weights: Mapping[str, Any]) -> Int | Float:

@@ -20,6 +20,7 @@ NB_MODULE(_C, m) {
     m.attr("openmp") = false;
 #endif
     fewbits::bind_solver(m);
+    fewbits::bind_kquant(m);
 #if defined(FEWBITS_WITH_QLINEAR)
     fewbits::bind_qlinear(m);
 #endif

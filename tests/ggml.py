@@ -1,0 +1,35 @@
+"""llama.cpp's own quantizers, when the environment variable FEWBITS_GGML names a shared library that has them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@cache
+def library() -> Any:
+    """The library; skips the test when there is none."""
+    path = os.environ.get("FEWBITS_GGML")
+    if not path:
+        pytest.skip("FEWBITS_GGML names no shared library with ggml_quantize_chunk")
+    lib = ctypes.CDLL(path)
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    sizes = [ctypes.c_int64] * 3
+    lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *sizes, ctypes.c_void_p]
+    return lib
+
+
+def quantize(number: int, row_bytes: int, x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """uint8 ``[rows, row_bytes]`` of ``x`` float32 ``[rows, columns]``."""
+    x = np.ascontiguousarray(x, np.float32)
+    out = np.zeros((len(x), row_bytes), np.uint8)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    pointer = None if weights is None else weights.ctypes.data
+    written = library().ggml_quantize_chunk(number, x.ctypes.data, out.ctypes.data, 0, *x.shape, pointer)
+    assert written == out.size
+    return out

@@ -13,6 +13,7 @@ from fewbits import formats, methods
 from fewbits.errors import RequestError
 from fewbits.model import Source
 from fewbits.model import rows as calibration_rows
+from fewbits.pipeline import mixture
 from fewbits.pipeline.job import Job, Result, default_compute
 from fewbits.plan import Calibration, Plan
 
@@ -60,10 +61,12 @@ def quantize(
         raise RequestError(
             f"samples {samples} of {seq_len} tokens cannot calibrate; give at least 1 sample of 2 tokens"
         )
-    methods.method(method)
-    layout = formats.get(format or "compressed-tensors")
+    mixed = mixture.is_mixture(method)
+    if not mixed:
+        methods.method(method)
+    layout = formats.get(format or ("gguf" if mixed else "compressed-tensors"))
     opened = Source.open(source)
-    kept = dtype or storage_dtype(opened)
+    kept = dtype or ("float32" if layout.name == "gguf" else storage_dtype(opened))
     spec = "c4" if calibration is None else str(calibration) if isinstance(calibration, (str, Path)) else "texts"
     common: dict[str, Any] = {
         "format": layout.name,
@@ -74,6 +77,8 @@ def quantize(
     }
     if recipe is not None:
         plan = read_recipe(Path(recipe), common)
+    elif mixed:
+        plan = mixture.plan(method, opened, **common)
     else:
         plan = methods.plan(method, bits, group_size, symmetric, **common)
     plan = plan.with_scales(layout.scale_dtype or kept)

@@ -18,11 +18,12 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fewbits.errors import RequestError
-from fewbits.grids import Grid, Int
-from fewbits.solve import Exact, Nearest, Solver, Sweep
+from fewbits.grids import Block, Grid, Int
+from fewbits.solve import Exact, Nearest, Search, Solver, Sweep
 from fewbits.transform import Awq, Transform
 
 KINDS: dict[str, type] = {"int": Int, "nearest": Nearest, "sweep": Sweep, "exact": Exact, "awq": Awq}
+KINDS |= {"block": Block, "search": Search}
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Plan:
     compute: str = "bf16"
     dtype: str = "float16"
     seed: int = 0
+    outside: tuple[Rule, ...] = ()
+    """Rules for weights outside the blocks (embedding, head), rounded without calibration; others stay dense."""
 
     def assign(self, names: Sequence[str]) -> dict[str, Recipe | None]:
         """The recipe of each weight. Raises RequestError for a weight without rule or a rule that matches nothing."""
@@ -111,10 +114,11 @@ class Plan:
         try:
             rules = tuple(Rule(r["match"], _recipe(r.get("recipe"))) for r in data.pop("rules"))
             transforms = tuple(from_data(t) for t in data.pop("transforms", ()))
+            outside = tuple(Rule(r["match"], _recipe(r.get("recipe"))) for r in data.pop("outside", ()))
             filled = {"method": "recipe", "format": "fewbits"} | (common or {}) | data
             if isinstance(filled.get("calibration"), dict):
                 filled["calibration"] = _build(Calibration, filled["calibration"], "calibration")
-            return cls(rules=rules, transforms=transforms, **filled)
+            return cls(rules=rules, transforms=transforms, outside=outside, **filled)
         except (KeyError, TypeError, AttributeError) as e:
             raise RequestError(
                 f"the recipe does not have the form of a plan: {e}; see docs/recipes.md for an example"

@@ -16,14 +16,14 @@ from fewbits.errors import QualityError, RequestError
 def command(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A transformers directory or a hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
-    method: Annotated[str, typer.Option(help="rtn, gptq, awq, ...")] = "gptq",
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq, ...; for GGUF q4_k_m, q4_k_m+imatrix, ...")] = "gptq",
     bits: Annotated[int | None, typer.Option(help="Bits per code; default: the method's own.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is a whole row.")] = None,
     symmetric: Annotated[
         bool | None,
         typer.Option("--symmetric/--affine", help="Zero point in the middle, or free; default: the format's."),
     ] = None,
-    format: Annotated[str | None, typer.Option(help="fewbits, gptq, awq, compressed-tensors.")] = None,
+    format: Annotated[str | None, typer.Option(help="fewbits, gptq, awq, compressed-tensors, gguf.")] = None,
     calibration: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Text file, or a fetched text: c4, wiki, code.")
     ] = None,
@@ -106,8 +106,9 @@ def known(method: str, format: str | None) -> None:
     """RequestError for a method or a format that does not exist, before anything is loaded."""
     from fewbits.formats import LAYOUTS
     from fewbits.methods import METHODS
+    from fewbits.pipeline.mixture import NAMES, is_mixture
 
-    choice(method, METHODS, "method")
+    choice(method, NAMES if is_mixture(method) else METHODS, "method")
     if format is not None:
         choice(format, LAYOUTS, "format")
 

@@ -15,10 +15,11 @@ from fewbits.formats.awq import AWQ
 from fewbits.formats.base import Entry, Layout, Refusal
 from fewbits.formats.compressed_tensors import CompressedTensors
 from fewbits.formats.fewbits import Fewbits
+from fewbits.formats.gguf_layout import GGUF
 from fewbits.formats.gptq import GPTQ
 from fewbits.grids import Int
 
-LAYOUTS: dict[str, type[Any]] = {kind.name: kind for kind in (CompressedTensors, GPTQ, AWQ, Fewbits)}
+LAYOUTS: dict[str, type[Any]] = {kind.name: kind for kind in (CompressedTensors, GPTQ, AWQ, GGUF, Fewbits)}
 
 # Inference engines run these as one matrix, so their members must share bits, group size and symmetry.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,27 +75,26 @@ class Export:
         if info.name == ROPE_FREQS:
             yield _bytes(rope_factors(self.config))
             return
-        t = item.checkpoint.tensor(item.name)
-        order = self._order(info)
+        t, order = item.checkpoint.tensor(item.name), self._order(info)
+        t = t if order is None else t[order]
         if item.name.rpartition(".")[2].startswith(PACKED):
-            yield _bytes(t if order is None else t[order])
+            yield _bytes(t)
             return
-        rows = t.reshape(len(t), -1) if t.ndim > 1 else t[None]
-        order = order if t.ndim > 1 or order is None else None if order is None else order
-        if order is not None:
-            rows = rows[order] if t.ndim > 1 else rows[:, order]
-        plus = 1.0 if self.family.one_plus and "norm" in info.name else 0.0
+        rows = t.reshape(-1, t.shape[-1])
+        plus = self.family.one_plus and "norm" in info.name
         step = max(1, CHUNK // rows.shape[1])
         for a in range(0, len(rows), step):
-            w = rows[a : a + step].float() + plus if plus else rows[a : a + step].float()
-            yield _bytes(encode(w, info.kind, self.importance.get(info.name)))
+            w = rows[a : a + step].float()
+            yield _bytes(encode(w + 1 if plus else w, info.kind, self.importance.get(info.name)))
 
     def _order(self, info: Info) -> Tensor | None:
         role = info.name.split(".")[2] if info.name.startswith("blk.") else ""
         if not self.family.permute or role not in ("attn_q", "attn_k"):
             return None
         c = gguf_names.text(self.config)
-        heads = c["num_attention_heads"] if role == "attn_q" else c.get("num_key_value_heads") or c["num_attention_heads"]
+        heads = (
+            c["num_attention_heads"] if role == "attn_q" else c.get("num_key_value_heads") or c["num_attention_heads"]
+        )
         return neighbours(info.shape[0], heads)
 
 
@@ -121,6 +121,7 @@ def prepare(
     mixture: str = "f16",
     importance: Mapping[str, Tensor] | None = None,
     kinds: Mapping[str, str] | None = None,
+    title: str | None = None,
 ) -> Export:
     """Check a model and say what its file will hold. ``folder`` has config.json and the tokenizer.
 
@@ -143,15 +144,22 @@ def prepare(
     rows = next((i.info.shape[0] for i in items if i.info.name == "token_embd.weight"), 0)
     if not rows:
         raise CheckpointError(f"{folder} holds no embedding; the model is damaged")
-    numbers = {i.info.kind for i in items} & set(BLOCK_TYPES)
+    packed = Counter(i.info.kind for i in items if i.info.kind in BLOCK_TYPES)
     general: dict[str, Any] = {
         "general.architecture": family.name,
         "general.type": "model",
-        "general.name": folder.name or "model",
-        "general.file_type": mix.file_type,
-    } | ({"general.quantization_version": 2} if numbers else {})
+        "general.name": title or folder.name or "model",
+        "general.file_type": file_type(packed) if mixture == "f16" and packed else mix.file_type,
+    } | ({"general.quantization_version": 2} if packed else {})
     metadata = general | gguf_names.metadata(config, family) | gguf_tokenizer.tokenizer(folder, config, rows)
     return Export(config, family, tuple(items), metadata, importance or {})
+
+
+def file_type(packed: Counter[str]) -> int:
+    """The number of the mixture whose base type is the commonest: what a file of any other mixture states."""
+    base = packed.most_common(1)[0][0]
+    found = [m.file_type for m in gguf_mixtures.MIXTURES.values() if m.base == base]
+    return max(found, default=gguf_mixtures.MIXTURES["q4_k_m"].file_type)
 
 
 def facts_of(config: Mapping[str, Any], tied: bool, weighted: bool) -> gguf_mixtures.Model:
@@ -222,7 +230,9 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor:
     c = gguf_names.text(config)
     rope = gguf_names.rope_parameters(c)
     size = gguf_names.head_size(c)
-    factor, low, high = (float(rope.get(k, d)) for k, d in (("factor", 8), ("low_freq_factor", 1), ("high_freq_factor", 4)))
+    factor, low, high = (
+        float(rope.get(k, d)) for k, d in (("factor", 8), ("low_freq_factor", 1), ("high_freq_factor", 4))
+    )
     context = float(rope.get("original_max_position_embeddings", 8192))
     found = []
     for i in range(size // 2):

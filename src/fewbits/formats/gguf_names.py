@@ -131,7 +131,9 @@ def _rope(c: Mapping[str, Any], a: str) -> dict[str, Any]:
         if "original_max_position_embeddings" in rope:
             found[f"{a}.rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     elif kind not in ("default", "llama3", None):
-        raise RequestError(f"rotary embedding of type {kind!r} cannot be written as GGUF; allowed: linear, yarn, llama3")
+        raise RequestError(
+            f"rotary embedding of type {kind!r} cannot be written as GGUF; allowed: linear, yarn, llama3"
+        )
     return found
 
 

@@ -171,10 +171,10 @@ def _piece_type(token: str, unknown: str | None, given: int) -> int:
 
 
 def _prefixes_space(described: Mapping[str, Any]) -> bool:
-    steps = _steps(described.get("normalizer"), "normalizers") + _steps(
-        described.get("pre_tokenizer"), "pretokenizers"
+    steps = _steps(described.get("normalizer"), "normalizers") + _steps(described.get("pre_tokenizer"), "pretokenizers")
+    return any(
+        s["type"] == "Prepend" or (s["type"] == "Metaspace" and s.get("prepend_scheme") != "never") for s in steps
     )
-    return any(s["type"] == "Prepend" or (s["type"] == "Metaspace" and s.get("prepend_scheme") != "never") for s in steps)
 
 
 def proto_pieces(raw: bytes) -> Iterator[tuple[str, tuple[float, int]]]:

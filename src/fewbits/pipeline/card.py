@@ -11,6 +11,7 @@ LOADERS = {
     "compressed-tensors": "vLLM, transformers with compressed-tensors, or transformers after `import fewbits`",
     "gptq": "vLLM, transformers with GPTQModel, or transformers after `import fewbits`",
     "awq": "vLLM, transformers with GPTQModel, or transformers after `import fewbits`",
+    "gguf": "llama.cpp and what builds on it (`model.gguf`), or `fewbits eval`",
     "fewbits": "transformers after `import fewbits`",
 }
 

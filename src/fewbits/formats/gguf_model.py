@@ -240,3 +240,9 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor:
         smooth = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
         found.append(1 / ((1 - smooth) / factor + smooth))
     return torch.tensor(found, dtype=torch.float32)
+
+
+def keeps(dtype: torch.dtype, kind: str) -> bool:
+    """Whether every value of ``dtype`` has the same value in the type ``kind``."""
+    wider = {"f32": (torch.float32, torch.float16, torch.bfloat16)}
+    return dtype in wider.get(kind, (gguf.DENSE[kind][1],) if kind in gguf.DENSE else ())

@@ -1,4 +1,4 @@
-"""How GGUF names the tensors and settings of a model, as tables: transformers' names on the left, GGUF's on the right."""
+"""How GGUF names the tensors and settings of a model, as tables: transformers' names left, GGUF's right."""
 
 from __future__ import annotations
 

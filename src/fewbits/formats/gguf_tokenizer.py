@@ -159,7 +159,7 @@ def _by_rank(model: Mapping[str, Any]) -> dict[str, tuple[float, int]]:
     for rank, merge in enumerate(model["merges"]):
         left, right = merge if not isinstance(merge, str) else merge.split(" ", 1)
         found.setdefault(left + right, (-float(rank), NORMAL))
-    return {t: (0.0, NORMAL) for t in model["vocab"]} | found
+    return dict.fromkeys(model["vocab"], (0.0, NORMAL)) | found
 
 
 def _piece_type(token: str, unknown: str | None, given: int) -> int:

@@ -36,8 +36,8 @@ DENSE |= {"i8": (24, torch.int8), "i16": (25, torch.int16), "i32": (26, torch.in
 
 # Types that we name but do not decode ourselves: number -> (name, columns per block, bytes per block).
 FOREIGN = {16: ("iq2_xxs", 256, 66), 17: ("iq2_xs", 256, 74), 18: ("iq3_xxs", 256, 98), 19: ("iq1_s", 256, 50)}
-FOREIGN |= {21: ("iq3_s", 256, 110), 22: ("iq2_s", 256, 82), 29: ("iq1_m", 256, 56), 9: ("q8_1", 32, 36)}
-FOREIGN |= {15: ("q8_k", 256, 292), 40: ("nvfp4", 64, 36)}
+FOREIGN |= {21: ("iq3_s", 256, 110), 22: ("iq2_s", 256, 82), 29: ("iq1_m", 256, 56)}
+FOREIGN |= {40: ("nvfp4", 64, 36)}
 
 KINDS: dict[int, tuple[str, int, int]] = {
     **{t.shape.number: (name, t.shape.block, t.size) for name, t in BLOCK_TYPES.items()},

@@ -99,12 +99,8 @@ def config_of(file: gguf.File) -> dict[str, Any]:
     get = _getter(file, name)
     width, heads = get("embedding_length", int), get("attention.head_count", int)
     embedding = file.infos.get("token_embd.weight")
-    if (
-        embedding is None
-        or len(embedding.shape) != 2
-        or not heads
-        or (width % heads and get("attention.key_length", int) is None)
-    ):
+    odd = not heads or (width % heads and get("attention.key_length", int) is None)
+    if embedding is None or len(embedding.shape) != 2 or odd:
         raise CheckpointError(f"{file.path}: embedding or heads do not make a model; download it again")
     rope: dict[str, Any] = {"rope_theta": get("rope.freq_base", float, 10000.0), "rope_type": "default"}
     scaling = get("rope.scaling.type", str, "none")
@@ -129,11 +125,14 @@ def config_of(file: gguf.File) -> dict[str, Any]:
         "attention_bias": "blk.0.attn_q.bias" in file.infos,
     }
     window = get("attention.sliding_window", int, None)
-    found |= {"sliding_window": window} if window and kind in ("gemma3_text", "phi3") else {}
+    if window and kind == "llama":
+        found |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    found |= {"sliding_window": window} if window and kind in ("gemma3_text", "phi3", "llama") else {}
     if kind == "gemma3_text":
         full = {"rope_type": "default", "rope_theta": 10000.0}
         found["rope_parameters"] = {"full_attention": rope, "sliding_attention": full}
-        found |= {"query_pre_attn_scalar": found["head_dim"], "hidden_activation": "gelu_pytorch_tanh"}
+        scalar = gguf_names.gemma_scalar(found["num_hidden_layers"], width, heads, found["head_dim"])
+        found |= {"query_pre_attn_scalar": scalar, "hidden_activation": "gelu_pytorch_tanh"}
     for key in ("bos", "eos"):
         found[f"{key}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
     found["pad_token_id"] = file.metadata.get("tokenizer.ggml.padding_token_id")

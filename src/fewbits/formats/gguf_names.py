@@ -23,7 +23,9 @@ INSIDE = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-PHI3 = INSIDE | {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+_FUSED = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+PHI3 = {k: v for k, v in INSIDE.items() if k not in _FUSED}
+PHI3 |= {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
 GEMMA3 = INSIDE | {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
@@ -119,7 +121,25 @@ def metadata(config: Mapping[str, Any], f: Family) -> dict[str, Any]:
         found[f"{a}.vocab_size"] = c["vocab_size"]
     if c.get("sliding_window") and c.get("use_sliding_window", True):
         found[f"{a}.attention.sliding_window"] = c["sliding_window"]
+    if a == "gemma3":
+        _check_gemma(c)
     return found | _rope(c, a)
+
+
+def gemma_scalar(layers: int, width: int, heads: int, size: int) -> int:
+    """What llama.cpp takes the root of to scale Gemma 3's attention: the 27B model's is not its head size."""
+    return width // heads if layers == 62 else size
+
+
+def _check_gemma(c: Mapping[str, Any]) -> None:
+    """Gemma 3 as llama.cpp knows it: every sixth layer sees everything, and one way to scale attention."""
+    kinds = c.get("layer_types") or []
+    usual = ["full_attention" if i % 6 == 5 else "sliding_attention" for i in range(len(kinds))]
+    if kinds != usual:
+        raise RequestError("GGUF's gemma3 has a global layer after every five local ones; this model has others")
+    scalar = gemma_scalar(c["num_hidden_layers"], c["hidden_size"], c["num_attention_heads"], head_size(c))
+    if c.get("query_pre_attn_scalar", scalar) != scalar:
+        raise RequestError(f"GGUF's gemma3 has query_pre_attn_scalar {scalar}, this one {c['query_pre_attn_scalar']}")
 
 
 def _rope(c: Mapping[str, Any], a: str) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def _gguf(file: Path, path: Path, check: bool) -> Census:
     from fewbits.formats import gguf
 
     opened = gguf.read(file)
-    modules, dtypes, parameters = [], {}, 0
+    modules, parameters = [], 0
+    dtypes: dict[str, tuple[int, int]] = {}
     for info in opened.infos.values():
         count = math.prod(info.shape)
         parameters += count

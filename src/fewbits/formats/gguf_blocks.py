@@ -162,7 +162,7 @@ FORMATS: dict[str, Format] = {
 
 def pack(grid: Block, codes: Tensor, params: Params) -> Tensor:
     """The bytes of a weight: uint8 ``[out, in / block * size]``."""
-    f, t = FORMATS[grid.kind], grid.type
+    f, t = FORMATS[grid.name], grid.type
     rows, blocks = codes.shape[0], codes.shape[1] // t.shape.block
     pieces = {"codes": codes} | params
     flat = {k: _biased(v, f.bias.get(k, 0)).reshape(rows * blocks, -1) for k, v in pieces.items() if k != "g_idx"}
@@ -171,11 +171,12 @@ def pack(grid: Block, codes: Tensor, params: Params) -> Tensor:
 
 def unpack(grid: Block, raw: Tensor) -> tuple[Tensor, Params]:
     """Inverse of :func:`pack`. Raises CheckpointError when rows are not whole blocks."""
-    f, t = FORMATS[grid.kind], grid.type
+    f, t = FORMATS[grid.name], grid.type
     if raw.ndim != 2 or raw.dtype != torch.uint8 or raw.shape[1] % t.size:
-        raise CheckpointError(f"rows of {list(raw.shape)[1:]} bytes are not whole {grid.kind} blocks of {t.size} bytes")
+        raise CheckpointError(f"rows of {list(raw.shape)[1:]} bytes are not whole {grid.name} blocks of {t.size} bytes")
     rows, blocks = raw.shape[0], raw.shape[1] // t.size
-    flat, pieces, position = raw.reshape(rows * blocks, t.size), {}, 0
+    flat, position = raw.reshape(rows * blocks, t.size), 0
+    pieces: Pieces = {}
     for field in f.fields:
         field.unpack(flat[:, position : position + field.size], pieces)
         position += field.size

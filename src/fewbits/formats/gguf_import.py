@@ -38,7 +38,9 @@ def convert(path: str | Path, out: Path, dtype: torch.dtype = torch.float16) -> 
     config["dtype"] = str(dtype).removeprefix("torch.")
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_tokenizer(file, out)
-    parts, held, size = [], {}, 0
+    parts: list[Path] = []
+    held: dict[str, Tensor] = {}
+    size = 0
     for name in file.infos:
         if (target := plain_name(name, family)) is None:
             continue
@@ -91,7 +93,7 @@ def tensor(file: gguf.File, name: str, config: Mapping[str, Any], f: gguf_names.
 
 
 def config_of(file: gguf.File) -> dict[str, Any]:
-    """config.json from the metadata. Raises RequestError for an unknown architecture, CheckpointError for bad values."""
+    """config.json of the metadata. Raises RequestError for an unknown architecture, CheckpointError for bad values."""
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise RequestError(f"{file.path}: architecture {str(name)[:40]!r}; readable: {', '.join(ARCHITECTURES)}")
@@ -158,7 +160,7 @@ def _getter(file: gguf.File, name: str) -> Callable[..., Any]:
         value = value[0] if isinstance(value, list) and len(set(map(str, value))) == 1 else value
         if kind is float and isinstance(value, int):
             value = float(value)
-        if not isinstance(value, kind) or (kind is int and not 0 <= value < 2**31):
+        if not isinstance(value, kind) or (isinstance(value, int) and not 0 <= value < 2**31):
             raise CheckpointError(f"{file.path}: key {name}.{key} is {str(value)[:40]}, not a {kind.__name__}")
         return value
 
@@ -237,7 +239,11 @@ def _sentencepiece(file: gguf.File, tokens: list[str], kinds: list[int]) -> dict
         if (rank_left := rank.get(t[:cut])) is not None and t[cut:] in rank
     ]
     merges.sort(key=lambda m: (m[0], -m[1]))
-    model = {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": [[a, b] for _, _, a, b in merges]}
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "vocab": {t: i for i, t in enumerate(tokens)},
+        "merges": [[a, b] for _, _, a, b in merges],
+    }
     model |= {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>" if "<unk>" in rank else None}
     prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}

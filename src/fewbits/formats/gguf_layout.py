@@ -35,7 +35,7 @@ class GGUF:
     def pack(self, name: str, q: Quantized) -> dict[str, Tensor]:
         if not isinstance(q.grid, Block) or q.residual is not None:
             raise RequestError(f"{name}: format gguf stores GGUF's own block types only; use a method such as q4_k_m")
-        return {f"{name}.{gguf_model.PACKED}{q.grid.kind}": gguf_blocks.pack(q.grid, q.codes, q.params)}
+        return {f"{name}.{gguf_model.PACKED}{q.grid.name}": gguf_blocks.pack(q.grid, q.codes, q.params)}
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor]) -> Quantized:
         found = [s for s in tensors if s in self.suffixes]
@@ -74,4 +74,4 @@ def _reasons(e: Entry) -> Iterator[str]:
             "or format fewbits"
         )
     elif e.shape[1] % e.grid.period:
-        yield f"{e.grid.kind} has blocks of {e.grid.period} columns, which do not divide {e.shape[1]}"
+        yield f"{e.grid.name} has blocks of {e.grid.period} columns, which do not divide {e.shape[1]}"

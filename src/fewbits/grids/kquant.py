@@ -67,17 +67,17 @@ class Block:
     in/sub]``; MXFP4's ``d`` is uint8, the exponent plus 127 of twice the scale.
     """
 
-    kind: str = "q4_k"
+    name: str = "q4_k"
 
     def __post_init__(self) -> None:
-        if self.kind not in TYPES:
-            raise RequestError(f"block type {self.kind!r} is unknown; allowed: {', '.join(TYPES)}")
+        if self.name not in TYPES:
+            raise RequestError(f"block type {self.name!r} is unknown; allowed: {', '.join(TYPES)}")
 
     width = 1
 
     @property
     def type(self) -> Type:
-        return TYPES[self.kind]
+        return TYPES[self.name]
 
     @property
     def period(self) -> int:
@@ -105,10 +105,10 @@ class Block:
         """
         if w.shape[1] % self.period:
             raise RequestError(
-                f"{self.kind} has blocks of {self.period} columns, the weight has {w.shape[1]}; take a type of 32"
+                f"{self.name} has blocks of {self.period} columns, the weight has {w.shape[1]}; take a type of 32"
             )
         codes, p = search_blocks(self.type.shape, w.float(), importance)
-        if self.kind == "mxfp4":
+        if self.name == "mxfp4":
             p["d"] = p["d"].view(torch.int16).to(torch.uint8)
         return codes, p
 
@@ -118,7 +118,7 @@ class Block:
 
     def step(self, p: Params) -> Tensor:
         """float32 ``[out, in/segment]``: what the values are multiplied by."""
-        d = exponent(p["d"]) if self.kind == "mxfp4" else p["d"].float()
+        d = exponent(p["d"]) if self.name == "mxfp4" else p["d"].float()
         sub = p.get("scales")
         return d if sub is None else d.repeat_interleave(sub.shape[1] // d.shape[1], 1) * sub.float()
 

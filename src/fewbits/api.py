@@ -14,6 +14,7 @@ from fewbits.errors import RequestError
 from fewbits.grids import Grid
 from fewbits.model import Source
 from fewbits.model import rows as calibration_rows
+from fewbits.pipeline import mixture
 from fewbits.pipeline.job import Job, Result, default_compute
 from fewbits.plan import Calibration, Plan
 
@@ -63,10 +64,11 @@ def quantize(
         raise RequestError(
             f"samples {samples} of {seq_len} tokens cannot calibrate; give at least 1 sample of 2 tokens"
         )
-    chosen = methods.method(method)
-    layout = formats.get(format or chosen.format)
+    mixed = mixture.is_mixture(method)
+    home = "gguf" if mixed else methods.method(method).format
+    layout = formats.get(format or home)
     opened = Source.open(source)
-    kept = dtype or storage_dtype(opened)
+    kept = dtype or ("float32" if layout.name == "gguf" else storage_dtype(opened))
     spec = "c4" if calibration is None else str(calibration) if isinstance(calibration, (str, Path)) else "texts"
     common: dict[str, Any] = {
         "format": layout.name,
@@ -77,6 +79,8 @@ def quantize(
     }
     if recipe is not None:
         plan = read_recipe(Path(recipe), common)
+    elif mixed:
+        plan = mixture.plan(method, opened, **common)
     else:
         plan = methods.plan(method, bits, group_size, symmetric, grid, **common)
     plan = plan.with_scales(layout.scale_dtype or kept)

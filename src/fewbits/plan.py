@@ -18,13 +18,13 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from fewbits.errors import RequestError
-from fewbits.grids import Float, Grid, Int, Table, Vectorwise
+from fewbits.grids import Block, Float, Grid, Int, Table, Vectorwise
 from fewbits.grids.uniform import SCALE_DTYPES
-from fewbits.solve import Exact, Nearest, Solver, Sweep
+from fewbits.solve import Exact, Nearest, Search, Solver, Sweep
 from fewbits.transform import Awq, Transform
 
 KINDS: dict[str, type] = {"int": Int, "float": Float, "nearest": Nearest, "sweep": Sweep, "exact": Exact, "awq": Awq}
-KINDS |= {"table": Table, "vectorwise": Vectorwise}
+KINDS |= {"table": Table, "vectorwise": Vectorwise, "block": Block, "search": Search}
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Plan:
     compute: str = "bf16"
     dtype: str = "float16"
     seed: int = 0
+    outside: tuple[Rule, ...] = ()
+    """Rules for weights outside the blocks (embedding, head), rounded without calibration; others stay dense."""
 
     def assign(self, names: Sequence[str]) -> dict[str, Recipe | None]:
         """The recipe of each weight. Raises RequestError for a weight without rule or a rule that matches nothing."""
@@ -118,10 +120,11 @@ class Plan:
         try:
             rules = tuple(Rule(r["match"], _recipe(r.get("recipe"))) for r in data.pop("rules"))
             transforms = tuple(from_data(t) for t in data.pop("transforms", ()))
+            outside = tuple(Rule(r["match"], _recipe(r.get("recipe"))) for r in data.pop("outside", ()))
             filled = {"method": "recipe", "format": "fewbits"} | (common or {}) | data
             if isinstance(filled.get("calibration"), dict):
                 filled["calibration"] = _build(Calibration, filled["calibration"], "calibration")
-            return cls(rules=rules, transforms=transforms, **filled)
+            return cls(rules=rules, transforms=transforms, outside=outside, **filled)
         except (KeyError, TypeError, AttributeError) as e:
             raise RequestError(
                 f"the recipe does not have the form of a plan: {e}; see docs/recipes.md for an example"

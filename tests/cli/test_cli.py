@@ -106,7 +106,7 @@ def test_wrong_requests_exit_2(
             ["--format", "compressed_tensors"],
             ["'compressed_tensors'", "allowed: ", "mean 'compressed-tensors'?"],
         ),
-        (["--bits", "4", "--format", "zip"], ["'zip'", "awq, bitsandbytes, compressed-tensors, fewbits, gptq"]),
+        (["--bits", "4", "--format", "zip"], ["'zip'", "awq, bitsandbytes, compressed-tensors, fewbits, gguf, gptq"]),
     ],
 )
 def test_unknown_names_list_the_allowed_ones(capsys: Capture, dense: Path, argv: list[str], words: list[str]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from fewbits.cli import evaluate, fetch, generate, inspect, quantize
+from fewbits.cli import convert, evaluate, fetch, generate, inspect, quantize
 from fewbits.cli.base import explain, interrupted, stderr
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "quantize": quantize.command,
     "eval": evaluate.command,
     "inspect": inspect.command,
+    "convert": convert.command,
     "generate": generate.command,
 }
 for _verb, _command in VERBS.items():

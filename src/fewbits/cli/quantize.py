@@ -16,7 +16,7 @@ from fewbits.errors import QualityError, RequestError
 def command(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A transformers directory or a hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
-    method: Annotated[str, typer.Option(help="rtn, gptq, awq, ...")] = "gptq",
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq, ...; for GGUF q4_k_m, q4_k_m+imatrix, ...")] = "gptq",
     grid: Annotated[
         str | None, typer.Option(help="Numbers in place of the method's: fp8, mxfp4, nvfp4, int4, ...")
     ] = None,
@@ -26,7 +26,7 @@ def command(
         bool | None,
         typer.Option("--symmetric/--affine", help="Zero point in the middle, or free; default: the format's."),
     ] = None,
-    format: Annotated[str | None, typer.Option(help="fewbits, gptq, awq, bitsandbytes, ...")] = None,
+    format: Annotated[str | None, typer.Option(help="fewbits, gptq, awq, bitsandbytes, gguf, ...")] = None,
     calibration: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Text file, or a fetched text: c4, wiki, code.")
     ] = None,
@@ -111,8 +111,9 @@ def known(method: str, format: str | None, grid: str | None = None) -> None:
     from fewbits.formats import LAYOUTS
     from fewbits.grids import NAMED_GRIDS
     from fewbits.methods import METHODS
+    from fewbits.pipeline.mixture import NAMES, is_mixture
 
-    choice(method, METHODS, "method")
+    choice(method, NAMES if is_mixture(method) else METHODS, "method")
     if format is not None:
         choice(format, LAYOUTS, "format")
     if grid is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ def census(path: str | Path, check: bool = False) -> Census:
     Without it one module of each shape is unpacked. Raises RequestError when there is nothing to read,
     CheckpointError when it is damaged.
     """
+    from fewbits.runtime.loading import gguf_file
+
+    if (file := gguf_file(path)) is not None:
+        return _gguf(file, Path(path), check)
     checkpoint = Checkpoint.open(path)
     config = _config(Path(path))
     quantization = config.get("quantization_config")
@@ -93,6 +98,38 @@ def census(path: str | Path, check: bool = False) -> Census:
     )
     checkpoint.release()
     return found
+
+
+def _gguf(file: Path, path: Path, check: bool) -> Census:
+    from fewbits.formats import gguf
+
+    opened = gguf.read(file)
+    modules, parameters = [], 0
+    dtypes: dict[str, tuple[int, int]] = {}
+    for info in opened.infos.values():
+        count = math.prod(info.shape)
+        parameters += count
+        tensors, size = dtypes.get(info.kind, (0, 0))
+        dtypes[info.kind] = (tensors + 1, size + info.nbytes)
+        if info.name.startswith("blk.") and len(info.shape) == 2:
+            name = info.name.removesuffix(".weight")
+            modules.append(ModuleBits(name, info.shape, info.kind, 8 * info.nbytes / count, info.nbytes))
+        if check:
+            values = opened.tensor(info.name)
+            if values.is_floating_point() and not bool(torch.isfinite(values.float()).all()):
+                raise CheckpointError(f"tensor {info.name!r} holds values that are not finite; the model is damaged")
+            opened.release()
+    weights = sum(m.parameters for m in modules)
+    return Census(
+        path=str(path),
+        format="gguf",
+        architecture=str(opened.metadata.get("general.architecture", "unknown")),
+        modules=tuple(modules),
+        dtypes=dtypes,
+        parameters=parameters,
+        size_bytes=_size(path),
+        bits_per_weight=sum(m.bits_per_weight * m.parameters for m in modules) / weights if weights else None,
+    )
 
 
 def _size(path: Path) -> int:

@@ -17,10 +17,12 @@ from fewbits.formats.base import Entry, Layout, Refusal
 from fewbits.formats.bitsandbytes import BitsAndBytes
 from fewbits.formats.compressed_tensors import CompressedTensors
 from fewbits.formats.fewbits import Fewbits
+from fewbits.formats.gguf_layout import GGUF
 from fewbits.formats.gptq import GPTQ
 from fewbits.grids import Int
 
-LAYOUTS: dict[str, type[Any]] = {kind.name: kind for kind in (CompressedTensors, GPTQ, AWQ, Fewbits, BitsAndBytes)}
+_ALL = (CompressedTensors, GPTQ, AWQ, GGUF, Fewbits, BitsAndBytes)
+LAYOUTS: dict[str, type[Any]] = {kind.name: kind for kind in _ALL}
 
 # Inference engines run these as one matrix, so their members must share bits, group size and symmetry.
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))

@@ -1,6 +1,8 @@
 """Grids: the numbers that a weight may become."""
 
 from fewbits.grids.base import Grid, Params, group_index, groups_of, spread, tied
+from fewbits.grids.kquant import TYPES as BLOCK_TYPES
+from fewbits.grids.kquant import Block
 from fewbits.grids.minifloat import Float
 from fewbits.grids.named import NAMED_GRIDS
 from fewbits.grids.table import Table
@@ -8,7 +10,9 @@ from fewbits.grids.uniform import Int, clip_ratios
 from fewbits.grids.vectorwise import Vectorwise
 
 __all__ = [
+    "BLOCK_TYPES",
     "NAMED_GRIDS",
+    "Block",
     "Float",
     "Grid",
     "Int",

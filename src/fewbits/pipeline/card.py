@@ -12,6 +12,7 @@ LOADERS = {
     "gptq": "vLLM, transformers with GPTQModel, or transformers after `import fewbits`",
     "awq": "vLLM, transformers with GPTQModel, or transformers after `import fewbits`",
     "bitsandbytes": "transformers with bitsandbytes, or transformers after `import fewbits`",
+    "gguf": "llama.cpp and what builds on it (`model.gguf`), or `fewbits eval`",
     "fewbits": "transformers after `import fewbits`",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fnmatch
 import hashlib
 import json
 import math
@@ -101,7 +102,8 @@ class Job:
             bpw = self._bits_per_weight()
             events = work.events([f"block-{i:05d}" for i in range(self.source.n_blocks)])
             files = self._files(bpw, kl, events)
-            size = work.publish(parts, files, self.source.copy_files())
+            assemble = getattr(self.layout, "assemble", storage.merge)
+            size = work.publish(parts, files, self.source.copy_files(), assemble)
         quantized = sum(r is not None for r in self.recipes.values())
         seconds = time.perf_counter() - started
         result = Result(
@@ -188,12 +190,18 @@ class Job:
         for k, name in enumerate(self.source.outside()):
             part = f"outside-{k:05d}"
             if not work.done(part):
-                t = self.source.checkpoint.tensor(name)
-                t = t.to(DTYPES[self.plan.dtype]) if t.is_floating_point() else t
-                work.write(part, {name: t}, ())
+                work.write(part, self._stored(name), ())
                 self.source.checkpoint.release()
             parts.append(part)
         return parts
+
+    def _stored(self, name: str) -> dict[str, Tensor]:
+        """A tensor outside the blocks, rounded when a rule of the plan says so."""
+        t, module = self.source.checkpoint.tensor(name), name.removesuffix(".weight")
+        rule = next((r for r in self.plan.outside if fnmatch.fnmatchcase(module, r.match)), None)
+        if rule is not None and rule.recipe is not None:
+            return self.layout.pack(module, rule.recipe.solver(t.float(), rule.recipe.grid, None))
+        return {name: t.to(DTYPES[self.plan.dtype]) if t.is_floating_point() else t}
 
     def _bits_per_weight(self) -> float:
         total = bits = 0.0

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,17 @@ class WorkDir:
         """Lines of all finished parts' events, in order."""
         return "".join((self.path / f"{n}.jsonl").read_text() for n in names)
 
-    def publish(self, parts: Iterable[str], files: Mapping[str, str], copies: Iterable[Path]) -> int:
-        """Assemble the output beside the parts and rename it into place; returns its size in bytes."""
+    def publish(
+        self,
+        parts: Iterable[str],
+        files: Mapping[str, str],
+        copies: Iterable[Path],
+        assemble: Callable[[list[Path], Path], object] = storage.merge,
+    ) -> int:
+        """Assemble the output beside the parts and rename it into place; returns its size in bytes.
+
+        ``assemble(parts, directory)`` makes the files of the weights, by default safetensors.
+        """
         final = self.path / "final"
         shutil.rmtree(final, ignore_errors=True)
         final.mkdir()
@@ -85,7 +94,7 @@ class WorkDir:
             shutil.copyfile(source, final / source.name)
         for name, text in files.items():
             (final / name).write_text(text)
-        storage.merge([self.part(p) for p in parts], final)
+        assemble([self.part(p) for p in parts], final)
         for f in sorted(final.iterdir()):
             with open(f, "rb") as handle:
                 os.fsync(handle.fileno())

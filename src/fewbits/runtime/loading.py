@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from fewbits.errors import CheckpointError, FewbitsError
+from fewbits.formats import gguf_import
 from fewbits.model import locate
 from fewbits.storage import Checkpoint
 
@@ -18,7 +20,8 @@ from fewbits.storage import Checkpoint
 def load(
     path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None
 ) -> tuple[Any, Any]:
-    """``(model, tokenizer)`` of a transformers directory or hub id, dense or in any layout that fewbits reads.
+    """``(model, tokenizer)`` of a transformers directory, a hub id or a GGUF file, dense or in any layout that fewbits
+    reads.
 
     ``dtype`` is that of dense tensors and activations, by default the checkpoint's; ``device`` by default the CPU. The
     model is a transformers model in eval mode, with QuantLinear layers where the checkpoint is quantized; the tokenizer
@@ -26,7 +29,25 @@ def load(
     are missing, left over, misshapen or damaged.
     """
     with _no_collection():
-        return _load(path, dtype, device)
+        file = gguf_file(path)
+        return _load(path, dtype, device) if file is None else _load_gguf(file, dtype, device)
+
+
+def gguf_file(path: str | Path) -> Path | None:
+    """The GGUF file that ``path`` means: itself, or the only kind of weights in a directory; None for anything else."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return path
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        return next(iter(sorted(path.glob("*.gguf"))), None)
+    return None
+
+
+def _load_gguf(file: Path, dtype: torch.dtype | str | None, device: torch.device | str | None) -> tuple[Any, Any]:
+    """Decoded into a directory that is gone once the model is in memory; in ``dtype``, by default float32."""
+    wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "", torch.float32)
+    with tempfile.TemporaryDirectory(prefix="fewbits-gguf-") as folder:
+        return _load(gguf_import.convert(file, Path(folder), wanted), wanted, device)
 
 
 def _load(path: str | Path, dtype: torch.dtype | str | None, device: torch.device | str | None) -> tuple[Any, Any]:

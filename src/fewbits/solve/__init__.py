@@ -7,6 +7,7 @@ from torch import Tensor
 from fewbits.grids import Grid
 from fewbits.solve.exact import Exact
 from fewbits.solve.nearest import Nearest
+from fewbits.solve.search import Search
 from fewbits.solve.sweep import Sweep
 from fewbits.stats import Stats
 from fewbits.tensor import Quantized
@@ -25,4 +26,4 @@ class Solver(Protocol):
         ...
 
 
-__all__ = ["Exact", "Nearest", "Solver", "Sweep"]
+__all__ = ["Exact", "Nearest", "Search", "Solver", "Sweep"]

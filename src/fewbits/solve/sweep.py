@@ -71,7 +71,7 @@ class Sweep:
         importance = diagonal if self.importance else None
         if static:
             params = grid.fit(w, importance)
-            index = group_index(columns, grid.period)[perm]
+            index = group_index(columns, segment(grid))[perm]
             codes, loss = sweep(w[:, perm], U, grid, params, index)
         else:
             index = group_index(columns, grid.period)
@@ -101,7 +101,7 @@ def sweep_groups(w: Tensor, U: Tensor, grid: Grid, importance: Tensor | None) ->
     for a in range(0, w.shape[1], grid.period):
         b = min(a + grid.period, w.shape[1])
         params = grid.fit(w[:, a:b], None if importance is None else importance[a:b])
-        code, e = grid.feedback(w[:, a:b], U[a:b, a:b], params, torch.zeros(b - a, dtype=torch.int64))
+        code, e = grid.feedback(w[:, a:b], U[a:b, a:b], params, group_index(b - a, segment(grid)))
         w[:, b:] -= e @ U[a:b, b:]
         codes.append(code)
         fitted.append(params)
@@ -109,6 +109,11 @@ def sweep_groups(w: Tensor, U: Tensor, grid: Grid, importance: Tensor | None) ->
     # A parameter without a column axis belongs to the whole tensor.
     params = {k: torch.cat([p[k] for p in fitted], 1) if p0.ndim == 2 else p0 for k, p0 in fitted[0].items()}
     return torch.cat(codes, 1), params, loss
+
+
+def segment(grid: Grid) -> int:
+    """Columns that share every parameter: the period, unless the grid says that a period is made of finer parts."""
+    return int(getattr(grid, "segment", grid.period))
 
 
 def inverse_factor(H: Tensor, dead: Tensor, damp: float) -> tuple[Tensor, dict[str, float]]:

@@ -21,6 +21,7 @@ NB_MODULE(_C, m) {
 #endif
     fewbits::bind_solver(m);
     fewbits::bind_w8a8(m);
+    fewbits::bind_kquant(m);
 #if defined(FEWBITS_WITH_QLINEAR)
     fewbits::bind_qlinear(m);
 #endif

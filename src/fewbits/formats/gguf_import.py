@@ -1,0 +1,263 @@
+"""A GGUF file as a transformers directory: the inverse of ``gguf_model``, tensors decoded to a dense dtype."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits import storage
+from fewbits.errors import CheckpointError, RequestError
+from fewbits.formats import gguf, gguf_model, gguf_names, gguf_tokenizer
+
+SHARD = 2_000_000_000
+ARCHITECTURES = {
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "phi3": ("phi3", "Phi3ForCausalLM"),
+}
+_BLOCK = re.compile(r"blk\.(\d{1,6})\.([a-z0-9_]+)\.(weight|bias)")
+
+
+def convert(path: str | Path, out: Path, dtype: torch.dtype = torch.float16) -> Path:
+    """Write the model of a GGUF file into the new directory ``out``: config, tokenizer, safetensors in ``dtype``.
+
+    Raises RequestError for an architecture that we do not know, CheckpointError for a file that does not fit it.
+    """
+    file = gguf.read(path)
+    config = config_of(file)
+    family = gguf_names.FAMILIES[config["model_type"]]
+    out.mkdir(parents=True, exist_ok=True)
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_tokenizer(file, out)
+    parts: list[Path] = []
+    held: dict[str, Tensor] = {}
+    size = 0
+    for name in file.infos:
+        if (target := plain_name(name, family)) is None:
+            continue
+        held[target] = tensor(file, name, config, family).to(dtype)
+        size += held[target].nbytes
+        file.release()
+        if size > SHARD:
+            parts.append(_part(out, parts, held))
+            held, size = {}, 0
+    if held:
+        parts.append(_part(out, parts, held))
+    storage.merge(parts, out)
+    for p in parts:
+        p.unlink()
+    return out
+
+
+def _part(out: Path, parts: list[Path], held: Mapping[str, Tensor]) -> Path:
+    path = out / f"part-{len(parts):05}.safetensors.tmp"
+    storage.save(path, held)
+    return path
+
+
+def plain_name(name: str, f: gguf_names.Family) -> str | None:
+    """Transformers' name of a tensor; None for one that transformers computes. Raises CheckpointError."""
+    if inside := _BLOCK.fullmatch(name):
+        number, role, leaf = inside.groups()
+        local = next((k for k, v in f.inside.items() if v == role), None)
+        if local is not None:
+            return f"model.layers.{number}.{local}.{leaf}"
+    module, _, leaf = name.rpartition(".")
+    if module in ("rope_freqs", "rope_factors_long", "rope_factors_short"):
+        return None
+    local = next((k for k, v in gguf_names.OUTSIDE.items() if v == module), None)
+    if local is None:
+        raise CheckpointError(f"tensor {name[:80]!r} has no place in a {f.name} model")
+    return f"{local}.{leaf}" if local == "lm_head" else f"model.{local}.{leaf}"
+
+
+def tensor(file: gguf.File, name: str, config: Mapping[str, Any], f: gguf_names.Family) -> Tensor:
+    """A tensor as transformers wants it, float32."""
+    t = file.tensor(name).float()
+    role = name.split(".")[2] if name.startswith("blk.") else ""
+    if f.permute and role in ("attn_q", "attn_k"):
+        heads = config["num_attention_heads" if role == "attn_q" else "num_key_value_heads"]
+        if len(t) % (2 * heads):
+            raise CheckpointError(f"tensor {name!r} has {len(t)} rows, which {heads} heads cannot share")
+        t = t[torch.argsort(gguf_model.neighbours(len(t), heads))]
+    return t - 1 if f.one_plus and "norm" in name else t
+
+
+def config_of(file: gguf.File) -> dict[str, Any]:
+    """config.json of the metadata. Raises RequestError for an unknown architecture, CheckpointError for bad values."""
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise RequestError(f"{file.path}: architecture {str(name)[:40]!r}; readable: {', '.join(ARCHITECTURES)}")
+    kind, architecture = ARCHITECTURES[name]
+    get = _getter(file, name)
+    width, heads = get("embedding_length", int), get("attention.head_count", int)
+    embedding = file.infos.get("token_embd.weight")
+    odd = not heads or (width % heads and get("attention.key_length", int) is None)
+    if embedding is None or len(embedding.shape) != 2 or odd:
+        raise CheckpointError(f"{file.path}: embedding or heads do not make a model; download it again")
+    rope: dict[str, Any] = {"rope_theta": get("rope.freq_base", float, 10000.0), "rope_type": "default"}
+    scaling = get("rope.scaling.type", str, "none")
+    if scaling in ("linear", "yarn"):
+        rope |= {"rope_type": scaling, "factor": get("rope.scaling.factor", float)}
+    if "rope_freqs.weight" in file.infos:
+        rope |= llama3_settings(file, get("context_length", int))
+    found = {
+        "architectures": [architecture],
+        "model_type": kind,
+        "vocab_size": embedding.shape[0],
+        "hidden_size": width,
+        "intermediate_size": get("feed_forward_length", int),
+        "num_hidden_layers": get("block_count", int),
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", int, heads),
+        "head_dim": get("attention.key_length", int, width // heads),
+        "max_position_embeddings": get("context_length", int),
+        "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
+        "rope_parameters": rope,
+        "tie_word_embeddings": "output.weight" not in file.infos,
+        "attention_bias": "blk.0.attn_q.bias" in file.infos,
+    }
+    window = get("attention.sliding_window", int, None)
+    if window and kind == "llama":
+        found |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    found |= {"sliding_window": window} if window and kind in ("gemma3_text", "phi3", "llama") else {}
+    if kind == "gemma3_text":
+        full = {"rope_type": "default", "rope_theta": 10000.0}
+        found["rope_parameters"] = {"full_attention": rope, "sliding_attention": full}
+        scalar = gguf_names.gemma_scalar(found["num_hidden_layers"], width, heads, found["head_dim"])
+        found |= {"query_pre_attn_scalar": scalar, "hidden_activation": "gelu_pytorch_tanh"}
+    for key in ("bos", "eos"):
+        found[f"{key}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+    found["pad_token_id"] = file.metadata.get("tokenizer.ggml.padding_token_id")
+    return found
+
+
+def llama3_settings(file: gguf.File, context: int) -> dict[str, Any]:
+    """The settings whose factors the file holds: factor from the last of them, the rest Llama 3's own."""
+    factor = float(file.tensor("rope_freqs.weight").float().max())
+    settings = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"rope_type": "llama3", "factor": factor} | settings
+
+
+def _getter(file: gguf.File, name: str) -> Callable[..., Any]:
+    missing = object()
+
+    def get(key: str, kind: type, default: Any = missing) -> Any:
+        value = file.metadata.get(f"{name}.{key}", None)
+        if value is None:
+            if default is missing and key != "attention.key_length":
+                raise CheckpointError(f"{file.path}: key {name}.{key} is missing; download it again")
+            return None if default is missing else default
+        value = value[0] if isinstance(value, list) and len(set(map(str, value))) == 1 else value
+        if kind is float and isinstance(value, int):
+            value = float(value)
+        if not isinstance(value, kind) or (isinstance(value, int) and not 0 <= value < 2**31):
+            raise CheckpointError(f"{file.path}: key {name}.{key} is {str(value)[:40]}, not a {kind.__name__}")
+        return value
+
+    return get
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def write_tokenizer(file: gguf.File, out: Path) -> None:
+    """tokenizer.json, tokenizer_config.json and the chat template, where the file has them."""
+    m = file.metadata
+    tokens, kinds = m.get("tokenizer.ggml.tokens"), m.get("tokenizer.ggml.token_type")
+    if not isinstance(tokens, list) or not tokens:
+        return
+    kinds = kinds if isinstance(kinds, list) and len(kinds) == len(tokens) else [gguf_tokenizer.NORMAL] * len(tokens)
+    described = (_byte_level if m.get("tokenizer.ggml.model") == "gpt2" else _sentencepiece)(file, tokens, kinds)
+    special = (gguf_tokenizer.CONTROL, gguf_tokenizer.UNKNOWN, gguf_tokenizer.USER)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    described["added_tokens"] = [
+        {"id": i, "content": t} | flags | {"special": k != gguf_tokenizer.USER}
+        for i, (t, k) in enumerate(zip(tokens, kinds, strict=True))
+        if k in special
+    ]
+    described |= {"version": "1.0", "truncation": None, "padding": None}
+    names = {key: m.get(f"tokenizer.ggml.{name}_token_id") for key, name in gguf_tokenizer.SPECIAL.items()}
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {f"{k}_token": tokens[i] for k, i in names.items() if type(i) is int and i < len(tokens)}
+    bos = settings.get("bos_token")
+    if m.get("tokenizer.ggml.add_bos_token", m.get("tokenizer.ggml.model") == "llama") and bos:
+        described["post_processor"] = _adding(bos, tokens.index(bos))
+    (out / "tokenizer.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if isinstance(m.get("tokenizer.chat_template"), str):
+        (out / "chat_template.jinja").write_text(m["tokenizer.chat_template"], encoding="utf-8")
+
+
+def _adding(bos: str, i: int) -> dict[str, Any]:
+    first, a = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    b = [{"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    known = {bos: {"id": bos, "ids": [i], "tokens": [bos]}}
+    return {"type": "TemplateProcessing", "single": [first, a], "pair": [first, a, *b], "special_tokens": known}
+
+
+def _byte_level(file: gguf.File, tokens: list[str], kinds: list[int]) -> dict[str, Any]:
+    name = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    pattern = next((p for p, n in gguf_tokenizer.SPLITS.items() if n == name), None)
+    if pattern is not None:
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        pre: dict[str, Any] = {"type": "Sequence", "pretokenizers": [split, level | {"use_regex": False}]}
+    elif name == "smollm":
+        pre = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level]}
+    elif name in ("gpt-2", "default"):
+        pre = level
+    else:
+        raise RequestError(f"{file.path}: pre-tokenizer {str(name)[:40]!r} is not known; the tokenizer cannot be made")
+    merges = file.metadata.get("tokenizer.ggml.merges") or []
+    vocabulary = {t: i for i, t in enumerate(tokens) if kinds[i] in (gguf_tokenizer.NORMAL, gguf_tokenizer.UNUSED)}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [m.split(" ", 1) for m in merges]}
+    return {"model": model, "normalizer": None, "pre_tokenizer": pre, "decoder": level, "post_processor": None}
+
+
+def _sentencepiece(file: gguf.File, tokens: list[str], kinds: list[int]) -> dict[str, Any]:
+    """A BPE whose merges follow the scores: a pair that makes a better piece is merged first."""
+    scores = file.metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise CheckpointError(f"{file.path}: the vocabulary has no scores; download it again")
+    keep = (gguf_tokenizer.CONTROL, gguf_tokenizer.USER)
+    rank = {t: scores[i] for i, t in enumerate(tokens) if kinds[i] not in keep}
+    merges = [
+        (-score, rank_left, t[:cut], t[cut:])
+        for t, score in rank.items()
+        if len(t) < 64
+        for cut in range(1, len(t))
+        if (rank_left := rank.get(t[:cut])) is not None and t[cut:] in rank
+    ]
+    merges.sort(key=lambda m: (m[0], -m[1]))
+    model: dict[str, Any] = {
+        "type": "BPE",
+        "vocab": {t: i for i, t in enumerate(tokens)},
+        "merges": [[a, b] for _, _, a, b in merges],
+    }
+    model |= {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>" if "<unk>" in rank else None}
+    prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    steps = [{"type": "Prepend", "prepend": "▁"}, replace] if prefix else [replace]
+    back: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    back += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    return {
+        "model": model,
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": back},
+        "post_processor": None,
+    }

@@ -1,0 +1,248 @@
+"""A whole model as GGUF: from a transformers directory, or from the parts of a run, tensor by tensor.
+
+Weights come dense (``<module>.weight``) or packed (``<module>.ggml_q4_k``: rows of bytes, as the layout stores them).
+What llama.cpp wants otherwise than transformers is done here: names, the order of rotary rows, ``1 + w`` in Gemma's
+norms, tied heads left out, vectors in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewbits.errors import CheckpointError, RequestError
+from fewbits.formats import gguf, gguf_blocks, gguf_mixtures, gguf_names, gguf_tokenizer
+from fewbits.formats.gguf import Info
+from fewbits.grids import BLOCK_TYPES, Block
+from fewbits.storage import Checkpoint
+
+PACKED = "ggml_"
+CHUNK = 1 << 22  # weights encoded at a time
+ROPE_FREQS = "rope_freqs.weight"
+Kinds = Callable[[str, tuple[int, ...]], str]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor to write and where it comes from."""
+
+    info: Info
+    checkpoint: Checkpoint
+    name: str
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model on its way into a file. ``importance`` (by GGUF's tensor name, float32 ``[in]``) weighs the searches."""
+
+    config: Mapping[str, Any]
+    family: gguf_names.Family
+    items: tuple[Item, ...]
+    metadata: Mapping[str, Any]
+    importance: Mapping[str, Tensor]
+
+    def write(self, path: Path, split: int | None = None) -> list[Path]:
+        """Write one file, or numbered ones of at most ``split`` bytes of tensors each; returns the paths."""
+        parts = _parts([i.info for i in self.items], split)
+        items = {i.info.name: i for i in self.items}
+
+        def data(info: Info) -> Iterator[Any]:
+            yield from self._data(items[info.name])
+            items[info.name].checkpoint.release()
+
+        paths = []
+        for k, infos in enumerate(parts):
+            metadata, target = dict(self.metadata) if k == 0 else {}, path
+            if len(parts) > 1:
+                target = path.with_name(f"{path.stem}-{k + 1:05}-of-{len(parts):05}.gguf")
+                metadata |= {"split.no": np.uint16(k), "split.count": np.uint16(len(parts))}
+                metadata["split.tensors.count"] = np.int32(len(items))
+            gguf.write(target, metadata, infos, data)
+            paths.append(target)
+        return paths
+
+    def _data(self, item: Item) -> Iterator[Any]:
+        info = item.info
+        if info.name == ROPE_FREQS:
+            yield _bytes(rope_factors(self.config))
+            return
+        t, order = item.checkpoint.tensor(item.name), self._order(info)
+        t = t if order is None else t[order]
+        if item.name.rpartition(".")[2].startswith(PACKED):
+            yield _bytes(t)
+            return
+        rows = t.reshape(-1, t.shape[-1])
+        plus = self.family.one_plus and "norm" in info.name
+        step = max(1, CHUNK // rows.shape[1])
+        for a in range(0, len(rows), step):
+            w = rows[a : a + step].float()
+            yield _bytes(encode(w + 1 if plus else w, info.kind, self.importance.get(info.name)))
+
+    def _order(self, info: Info) -> Tensor | None:
+        role = info.name.split(".")[2] if info.name.startswith("blk.") else ""
+        if not self.family.permute or role not in ("attn_q", "attn_k"):
+            return None
+        c = gguf_names.text(self.config)
+        heads = (
+            c["num_attention_heads"] if role == "attn_q" else c.get("num_key_value_heads") or c["num_attention_heads"]
+        )
+        return neighbours(info.shape[0], heads)
+
+
+def neighbours(rows: int, heads: int) -> Tensor:
+    """Where each row comes from when rotary pairs ``(i, i + half)`` of a head become ``(2 i, 2 i + 1)``."""
+    return torch.arange(rows).view(heads, 2, rows // heads // 2).transpose(1, 2).reshape(-1)
+
+
+def encode(w: Tensor, kind: str, importance: Tensor | None = None) -> Tensor:
+    """``w`` float32 ``[rows, columns]`` in a type of GGUF: a dense tensor or rows of bytes."""
+    if kind in BLOCK_TYPES:
+        grid = Block(kind)
+        return gguf_blocks.pack(grid, *grid.search(w.contiguous(), importance))
+    return w.to(gguf.DENSE[kind][1])
+
+
+def _bytes(t: Tensor) -> memoryview:
+    return t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def prepare(
+    folder: Path,
+    checkpoints: Sequence[Checkpoint],
+    mixture: str = "f16",
+    importance: Mapping[str, Tensor] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    title: str | None = None,
+) -> Export:
+    """Check a model and say what its file will hold. ``folder`` has config.json and the tokenizer.
+
+    ``mixture`` decides the types of dense tensors, ``kinds`` (by GGUF's name) overrides it. Raises RequestError for a
+    model that cannot be expressed.
+    """
+    config = read_config(folder)
+    family = gguf_names.family(str(gguf_names.text(config).get("model_type", config.get("model_type"))))
+    found = _names(checkpoints, config, family)
+    mix = gguf_mixtures.mixture(mixture)
+    facts = facts_of(config, "output.weight" not in found, bool(importance))
+    items = []
+    for name, (checkpoint, source) in found.items():
+        shape, kind = _shape(checkpoint, source)
+        kind = kind or (kinds or {}).get(name) or gguf_mixtures.kind_of(mix, name, shape, facts)
+        items.append(Item(Info(name, kind, shape), checkpoint, source))
+    if gguf_names.rope_parameters(gguf_names.text(config)).get("rope_type") == "llama3":
+        size = gguf_names.head_size(gguf_names.text(config)) // 2
+        items.append(Item(Info(ROPE_FREQS, "f32", (size,)), checkpoints[0], ROPE_FREQS))
+    rows = next((i.info.shape[0] for i in items if i.info.name == "token_embd.weight"), 0)
+    if not rows:
+        raise CheckpointError(f"{folder} holds no embedding; the model is damaged")
+    packed = Counter(i.info.kind for i in items if i.info.kind in BLOCK_TYPES)
+    general: dict[str, Any] = {
+        "general.architecture": family.name,
+        "general.type": "model",
+        "general.name": title or folder.name or "model",
+        "general.file_type": file_type(packed) if mixture == "f16" and packed else mix.file_type,
+    } | ({"general.quantization_version": 2} if packed else {})
+    metadata = general | gguf_names.metadata(config, family) | gguf_tokenizer.tokenizer(folder, config, rows)
+    return Export(config, family, tuple(items), metadata, importance or {})
+
+
+def file_type(packed: Counter[str]) -> int:
+    """The number of the mixture whose base type is the commonest: what a file of any other mixture states."""
+    base = packed.most_common(1)[0][0]
+    found = [m.file_type for m in gguf_mixtures.MIXTURES.values() if m.base == base]
+    return max(found, default=gguf_mixtures.MIXTURES["q4_k_m"].file_type)
+
+
+def facts_of(config: Mapping[str, Any], tied: bool, weighted: bool) -> gguf_mixtures.Model:
+    """What mixtures ask of a model, from its config.json."""
+    c = gguf_names.text(config)
+    heads = c["num_attention_heads"]
+    queries = heads // (c.get("num_key_value_heads") or heads)
+    llama = gguf_names.family(c["model_type"]).name == "llama"
+    return gguf_mixtures.Model(c["num_hidden_layers"], queries, tied, weighted, llama=llama)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises RequestError when there is none, CheckpointError when it is damaged."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise RequestError(f"{folder} has no config.json; give a transformers directory")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise CheckpointError(f"{file} is not readable JSON: {str(e)[:80]}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return found
+
+
+def module_name(name: str) -> str:
+    """``<module>.weight`` of a packed tensor; any other name as it is."""
+    module, _, leaf = name.rpartition(".")
+    return f"{module}.weight" if leaf.startswith(PACKED) else name
+
+
+def _names(
+    checkpoints: Sequence[Checkpoint], config: Mapping[str, Any], f: gguf_names.Family
+) -> dict[str, tuple[Checkpoint, str]]:
+    found = {}
+    tied = bool(gguf_names.text(config).get("tie_word_embeddings", f.name == "gemma3"))
+    for checkpoint in checkpoints:
+        for source in checkpoint.names():
+            name = gguf_names.stored_name(module_name(source), f)
+            if name is not None and not (tied and name == "output.weight"):
+                found[name] = (checkpoint, source)
+    return found
+
+
+def _shape(checkpoint: Checkpoint, name: str) -> tuple[tuple[int, ...], str | None]:
+    shape, leaf = checkpoint.shape(name), name.rpartition(".")[2]
+    if not leaf.startswith(PACKED):
+        return shape, None
+    kind = leaf.removeprefix(PACKED)
+    t = BLOCK_TYPES[kind]
+    return (shape[0], shape[1] // t.size * t.shape.block), kind
+
+
+def _parts(infos: Sequence[Info], most: int | None) -> list[list[Info]]:
+    parts: list[list[Info]] = [[]]
+    used = 0
+    for info in infos:
+        if most and parts[-1] and used + info.nbytes > most:
+            parts.append([])
+            used = 0
+        parts[-1].append(info)
+        used += info.nbytes
+    return parts
+
+
+def rope_factors(config: Mapping[str, Any]) -> Tensor:
+    """What Llama 3 divides its rotary frequencies by, float32 ``[head size / 2]`` (arXiv 2407.21783, released code)."""
+    c = gguf_names.text(config)
+    rope = gguf_names.rope_parameters(c)
+    size = gguf_names.head_size(c)
+    factor, low, high = (
+        float(rope.get(k, d)) for k, d in (("factor", 8), ("low_freq_factor", 1), ("high_freq_factor", 4))
+    )
+    context = float(rope.get("original_max_position_embeddings", 8192))
+    found = []
+    for i in range(size // 2):
+        wavelength = 2 * math.pi * float(rope.get("rope_theta") or 10000.0) ** (2 * i / size)
+        smooth = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
+        found.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(found, dtype=torch.float32)
+
+
+def keeps(dtype: torch.dtype, kind: str) -> bool:
+    """Whether every value of ``dtype`` has the same value in the type ``kind``."""
+    wider = {"f32": (torch.float32, torch.float16, torch.bfloat16)}
+    return dtype in wider.get(kind, (gguf.DENSE[kind][1],) if kind in gguf.DENSE else ())

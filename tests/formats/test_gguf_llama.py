@@ -1,0 +1,56 @@
+"""llama.cpp itself runs the files that we write, and computes what transformers computes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fewbits.formats import gguf_import, gguf_model
+from fewbits.storage import Checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ggml
+from tiny import tiny_model, tiny_tokenizer
+
+# Head sizes that llama.cpp's kernels take, and Gemma 3 as it knows it.
+SIZES = {
+    "hidden_size": 128,
+    "head_dim": 32,
+    "intermediate_size": 256,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+}
+CHANGES = {
+    "gemma3_text": {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 32, "sliding_window": 512}
+}
+CHANGES["mistral"] = {"sliding_window": None}
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    """Mean KL divergence of the distributions whose logits are given."""
+    a, b = (torch.from_numpy(x).double().log_softmax(-1) for x in (p, q))
+    return float((a.exp() * (a - b)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("mixture", ["f32", "q8_0", "q4_k_m"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"])
+def test_llama_cpp_computes_what_transformers_computes(family, mixture, tmp_path):
+    ggml.library()
+    from transformers import AutoModelForCausalLM
+
+    source = tiny_model(family, tmp_path / "model", **SIZES | CHANGES.get(family, {}))
+    tiny_tokenizer(source)
+    path = tmp_path / "m.gguf"
+    gguf_model.prepare(source, [Checkpoint.open(source)], mixture).write(path)
+    back = gguf_import.convert(path, tmp_path / "back", torch.float32)
+    ids = np.random.default_rng(0).integers(3, 300, 64).tolist()
+    with torch.no_grad():
+        want = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)(torch.tensor([ids])).logits[0].numpy()
+    got = ggml.logits(path, ids, 300)
+    # llama.cpp rounds activations to 8 bits where weights are quantized, and keys and values to half precision.
+    assert kl(want, got) < (1e-5 if mixture == "f32" else 5e-3)
+    assert want.std() > 0.5

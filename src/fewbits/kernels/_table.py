@@ -92,7 +92,7 @@ def multiplies_bf16() -> bool:
 def info(device: str = "cpu") -> dict[str, Choice]:
     """For each op: the implementation chosen for tensors on ``device``, and why.
 
-    ``cpu``: the ops in C++. ``cuda``: these run the reference there; the products of quantized layers have Triton twins.
+    ``cpu``: the ops in C++. ``cuda``: these run the reference; the products of quantized layers have Triton twins.
     """
     if device == "cuda":
         return _info_cuda()

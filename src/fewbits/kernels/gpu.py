@@ -65,7 +65,7 @@ class _Held:
 class IntWeight(_Held):
     """``scale[n, g] * (code[n, k] - zero[n, g])``, ``g`` being the group of column ``k``.
 
-    ``codes`` int32 words, ``scale`` float32|float16|bfloat16 and ``zero`` uint8 ``[out, groups]``; a ``zero`` of None is
+    ``codes`` int32 words, ``scale`` float32|float16|bfloat16 and ``zero`` uint8 ``[out, groups]``; no ``zero`` means
     ``2**(bits-1)`` everywhere. ``order`` int32 ``[in]`` is the column of the weight at each packed column, or None.
     """
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from fewbits.kernels import gpu
+from fewbits.kernels import gpu, triton
 from fewbits.kernels.triton import byte, tune
 from fewbits.kernels.triton.product import product, span_of
 
@@ -71,7 +71,7 @@ def test_integers_of_odd_shapes(out: int, columns: int, group: int, rows: int) -
     check(ints(4, out, columns, group, symmetric=rows % 2 == 0), rows)
 
 
-@pytest.mark.parametrize(("rows", "dtype"), itertools.product(ROWS, (torch.float16, torch.bfloat16)), ids=str)
+@pytest.mark.parametrize(("rows", "dtype"), list(itertools.product(ROWS, (torch.float16, torch.bfloat16))), ids=str)
 def test_integers_with_halves(rows: int, dtype: torch.dtype) -> None:
     check(ints(4, 40, 576, 64, kind=dtype), rows, dtype)
 
@@ -120,11 +120,14 @@ def test_fp8(scale: tuple[int, int], block: tuple[int, int] | None, rows: int) -
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("rows", [1, 16])
 def test_every_fp8_code(native: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The identity times a weight of all codes gives their values, exactly, NaN too."""
+    """One times a weight of all codes gives their values, exactly; NaN too, but the interpreter knows no NaN of FP8."""
     if native and torch.get_default_device().type == "cuda" and not byte.native_fp8(torch.device("cuda")):
         pytest.skip("this GPU has no fp8")
     monkeypatch.setattr(byte, "native_fp8", lambda device: native)
-    codes = torch.arange(256, dtype=torch.uint8).view(gpu.E4M3).view(256, 1)
+    codes = torch.arange(256, dtype=torch.uint8)
+    if native and triton.interpreting():
+        codes = codes[(codes & 127) != 127]
+    codes = codes.view(gpu.E4M3)[:, None]
     got = product(torch.ones(rows, 1), gpu.pack_bytes(codes, torch.ones(1, 1)), None)
     torch.testing.assert_close(got, codes.float().T.expand(rows, -1), rtol=0, atol=0, equal_nan=True)
 

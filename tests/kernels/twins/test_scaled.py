@@ -103,6 +103,9 @@ def test_every_tie_of_fp8() -> None:
 
 
 def test_quantized_product_end_to_end() -> None:
-    x, w = torch.randn(2, 3, 96), gpu.pack_bytes(torch.randint(-127, 128, (24, 96), dtype=torch.int8), torch.ones(24, 1))
+    x, w = (
+        torch.randn(2, 3, 96),
+        gpu.pack_bytes(torch.randint(-127, 128, (24, 96), dtype=torch.int8), torch.ones(24, 1)),
+    )
     y = gpu.scaled_linear(*gpu.quantize_rows(x, torch.int8), w, dtype=torch.float32)
     assert y.shape == (2, 3, 24) and error(y, x @ w.dense().T) < 0.02

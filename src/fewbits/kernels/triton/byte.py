@@ -27,11 +27,17 @@ def halves(byte):
 
 @triton.jit
 def decode(W, n, k0, N, K, SPEC: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """``W = (codes, scale)``, ``SPEC = (rows that share a scale, columns that do, whether codes are E4M3 bits)``."""
+    """``W = (codes, scale)``, ``SPEC = (rows that share a scale, columns that do, kind)``; kind 0 is int8, 1 E4M3 that
+    the GPU converts, 2 E4M3 that we do; E4M3 is loaded as uint8, because masked loads fill with an integer."""
     k = k0 + tl.arange(0, BK)
     inner = (n < N)[:, None] & (k < K)[None, :]
     codes = tl.load(W[0] + n.to(tl.int64)[:, None] * K + k[None, :], mask=inner, other=0)
-    values = halves(codes) if SPEC[2] else codes.to(tl.float32)
+    if SPEC[2] == 1:
+        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    elif SPEC[2] == 2:
+        values = halves(codes)
+    else:
+        values = codes.to(tl.float32)
     pitch = (K + SPEC[1] - 1) // SPEC[1] * SPEC[1]
     at, inside = shared((n // SPEC[0]).to(tl.int64) * pitch, k0, K, SPEC[1], SPAN, BK)
     scale = tl.load(W[1] + at, mask=(n < N)[:, None] & inside[None, :], other=0.0)
@@ -41,7 +47,8 @@ def decode(W, n, k0, N, K, SPEC: tl.constexpr, SPAN: tl.constexpr, BN: tl.conste
 def arguments(weight: Any) -> tuple[Any, tuple[Tensor | None, ...], tuple[Any, ...], int]:
     """Decoder, tensors, constants, and the largest run of columns with common parameters."""
     rows, columns = weight.block
-    bits = weight.codes.dtype != torch.int8 and not native_fp8(weight.codes.device)
-    codes = weight.codes.view(torch.uint8) if bits else weight.codes
+    integers = weight.codes.dtype == torch.int8
+    kind = 0 if integers else 1 if native_fp8(weight.codes.device) else 2
+    codes = weight.codes if integers else weight.codes.view(torch.uint8)
     span = 0 if columns >= weight.shape[1] else columns
-    return decode, (codes, weight.scale), (rows, columns, bits), span
+    return decode, (codes, weight.scale), (rows, columns, kind), span

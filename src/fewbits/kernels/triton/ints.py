@@ -14,14 +14,14 @@ from fewbits.kernels.words import PLANES
 
 @triton.jit
 def decode(W, n, k0, N, K, SPEC: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """``W = (words, scale, zero or None)``, ``SPEC = (planes, bits, group)``."""
-    codes = fields(W[0], n, k0, N, K, SPEC[0], BN, BK).to(tl.float32)
-    pitch = (K + SPEC[2] - 1) // SPEC[2] * SPEC[2]
-    at, inside = shared(n.to(tl.int64) * pitch, k0, K, SPEC[2], SPAN, BK)
+    """``W = (words, scale, zero or None)``, ``SPEC = (group, three widths of planes)``."""
+    codes = fields(W[0], n, k0, N, K, SPEC[1], SPEC[2], SPEC[3], BN, BK).to(tl.float32)
+    pitch = (K + SPEC[0] - 1) // SPEC[0] * SPEC[0]
+    at, inside = shared(n.to(tl.int64) * pitch, k0, K, SPEC[0], SPAN, BK)
     inner = (n < N)[:, None] & inside[None, :]
     scale = widen(tl.load(W[1] + at, mask=inner, other=0.0).to(tl.float32), SPAN, BN, BK)
     if W[2] is None:
-        zero = 1 << (SPEC[1] - 1)
+        zero = 1 << (SPEC[1] + SPEC[2] + SPEC[3] - 1)
     else:
         zero = widen(tl.load(W[2] + at, mask=inner, other=0).to(tl.float32), SPAN, BN, BK)
     return (codes - zero) * scale
@@ -31,4 +31,4 @@ def arguments(weight: Any) -> tuple[Any, tuple[Tensor | None, ...], tuple[Any, .
     """Decoder, tensors, constants, and the largest run of columns with common parameters."""
     planes = (*PLANES[weight.bits], 0, 0)[:3]
     whole = weight.group >= weight.shape[1]
-    return decode, weight.tensors[:3], (planes, weight.bits, weight.group), 0 if whole else weight.group
+    return decode, weight.tensors[:3], (weight.group, *planes), 0 if whole else weight.group

@@ -1,8 +1,8 @@
 """``y = x @ W.T + bias`` with any weight: the loops, which know of a weight only how to decode a tile of it.
 
 Few rows: every program owns ``BN`` outputs and adds up products of decoded weights, which costs one pass over the
-packed bytes. Many rows: tiles of decoded weights go through ``tl.dot``; where the output has too few tiles to fill the GPU,
-the columns are split and the parts added afterwards in a fixed order, so no result depends on timing.
+packed bytes. Many rows: tiles of decoded weights go through ``tl.dot``; where the output has too few tiles to fill
+the GPU, the columns are split and the parts added afterwards in a fixed order, so no result depends on timing.
 """
 
 from __future__ import annotations

@@ -43,6 +43,9 @@ def dot(
         k = k0 + tl.arange(0, BK)
         a = tl.load(rows + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0)
         b = tl.load(columns + k[:, None], mask=(n < N)[None, :] & (k < K)[:, None], other=0)
+        if ACC == tl.float32:  # noqa: SIM300
+            a = a.to(tl.float8e4nv, bitcast=True)
+            b = b.to(tl.float8e4nv, bitcast=True)
         if GROUP > 0:
             cx = tl.load(px + tl.minimum(k0 // GROUP, xg - 1), mask=m < M, other=0.0)
             cw = tl.load(pw + tl.minimum(k0 // GROUP, wg - 1), mask=n < N, other=0.0)
@@ -123,11 +126,12 @@ def _dot(x: Tensor, scale: Tensor, weight: Any, bias: Tensor | None, dtype: torc
     height = tune.height(rows)
     sums = torch.int32 if x.dtype == torch.int8 else torch.float32
     split = split or tune.split(rows, out, columns, x.device)
+    a, b = (t if t.dtype == torch.int8 else t.view(torch.uint8) for t in (x, weight.codes))
     y = scale.new_empty(split, rows, out, dtype=dtype if split == 1 else sums)
 
     def launch(t: Tiles) -> None:
         dot[(triton.cdiv(out, t.n), triton.cdiv(rows, t.m), split)](
-            x, scale, weight.codes, weight.scale, y, bias, rows, out, columns, x.stride(0),
+            a, scale, b, weight.scale, y, bias, rows, out, columns, x.stride(0),
             scale.shape[1], weight.scale.shape[1],
             XROWS=ALL if len(scale) == 1 else 1, WROWS=weight.block[0], GROUP=weight.block[1] if groups > 1 else 0,
             ACC=tl.int32 if x.dtype == torch.int8 else tl.float32, SPLIT=split, BM=t.m, BN=t.n, BK=COLUMNS,

@@ -15,7 +15,7 @@ from fewbits.kernels.triton.tile import fields, shared, widen
 @triton.jit
 def decode(W, n, k0, N, K, SPEC: tl.constexpr, SPAN: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     """``W = (words, absmax, table, maps, outer, offset)``, ``SPEC = (block, rows start new blocks)``."""
-    codes = fields(W[0], n, k0, N, K, (4, 0, 0), BN, BK)
+    codes = fields(W[0], n, k0, N, K, 4, 0, 0, BN, BK)
     pitch = K
     if SPEC[1]:
         pitch = (K + SPEC[0] - 1) // SPEC[0] * SPEC[0]

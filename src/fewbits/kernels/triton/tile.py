@@ -21,18 +21,15 @@ def plane(first, blocks, k0, inside, WIDTH: tl.constexpr, BN: tl.constexpr, BK: 
 
 
 @triton.jit
-def fields(words, n, k0, N, K, PLANES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Codes, int32 ``[BN, BK]``, from the layout of :mod:`fewbits.kernels.words`; ``PLANES`` lists the widths."""
+def fields(words, n, k0, N, K, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """Codes, int32 ``[BN, BK]``, laid out as :mod:`fewbits.kernels.words` says, in planes of P, Q and R bits (0: none)."""
     blocks = (K + 31) // 32
-    BITS: tl.constexpr = PLANES[0] + PLANES[1] + PLANES[2]
-    first = words + n.to(tl.int64) * (blocks * BITS)
-    codes = plane(first, blocks, k0, n < N, PLANES[0], BN, BK)
-    if PLANES[1] > 0:
-        high = plane(first + blocks * PLANES[0], blocks, k0, n < N, PLANES[1], BN, BK)
-        codes = codes | (high << PLANES[0])
-    if PLANES[2] > 0:
-        LOW: tl.constexpr = PLANES[0] + PLANES[1]
-        codes = codes | (plane(first + blocks * LOW, blocks, k0, n < N, PLANES[2], BN, BK) << LOW)
+    first = words + n.to(tl.int64) * (blocks * (P + Q + R))
+    codes = plane(first, blocks, k0, n < N, P, BN, BK)
+    if Q > 0:
+        codes = codes | (plane(first + blocks * P, blocks, k0, n < N, Q, BN, BK) << P)
+    if R > 0:
+        codes = codes | (plane(first + blocks * (P + Q), blocks, k0, n < N, R, BN, BK) << (P + Q))
     return codes
 
 

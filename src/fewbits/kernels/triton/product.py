@@ -75,18 +75,26 @@ def many_rows(
     tl.store(to, acc.to(y.dtype.element_ty), mask=where)
 
 
-def product(x: Tensor, weight: Any, bias: Tensor | None, tiles: Tiles | None = None, split: int = 0) -> Tensor:
-    """``x [M, K]`` with consecutive columns, any of float32, float16, bfloat16; the result ``[M, N]`` in its dtype.
+def product(
+    x: Tensor,
+    weight: Any,
+    bias: Tensor | None,
+    tiles: Tiles | None = None,
+    split: int = 0,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``x [M, K]`` with consecutive columns, any of float32, float16, bfloat16; the result ``[M, N]`` in ``dtype`` or x's.
 
     ``tiles`` and ``split`` are chosen here unless given.
     """
-    dtype = x.dtype
-    if interpreting() and dtype == torch.bfloat16:
-        x = x.float()  # the interpreter holds bfloat16 as integers and cannot calculate with it
+    dtype = dtype or x.dtype
+    if interpreting() and torch.bfloat16 in (dtype, x.dtype):
+        # the interpreter holds bfloat16 as integers and cannot calculate with it
+        return product(x.float(), weight, bias, tiles, split, torch.float32).to(dtype)
     if len(x) == 0:
         return x.new_empty(0, weight.shape[0], dtype=dtype)
     run = _few if len(x) <= FEW else _many
-    return run(x, weight, bias, tiles, split).to(dtype)
+    return run(x, weight, bias, tiles, split, dtype).to(dtype)
 
 
 def span_of(run: int, columns: int) -> int:
@@ -94,10 +102,10 @@ def span_of(run: int, columns: int) -> int:
     return columns if run == 0 else min(run & -run, columns)
 
 
-def _few(x: Tensor, weight: Any, bias: Tensor | None, tiles: Tiles | None, split: int) -> Tensor:
+def _few(x: Tensor, weight: Any, bias: Tensor | None, tiles: Tiles | None, split: int, dtype: torch.dtype) -> Tensor:
     decoder, tensors, spec, run = DECODERS[type(weight)](weight)
     (out, columns), rows = weight.shape, len(x)
-    y = x.new_empty(rows, out)
+    y = x.new_empty(rows, out, dtype=dtype)
     height = triton.next_power_of_2(rows)
 
     def launch(t: Tiles) -> None:
@@ -111,14 +119,14 @@ def _few(x: Tensor, weight: Any, bias: Tensor | None, tiles: Tiles | None, split
     return y
 
 
-def _many(x: Tensor, weight: Any, bias: Tensor | None, tiles: Tiles | None, split: int) -> Tensor:
+def _many(x: Tensor, weight: Any, bias: Tensor | None, tiles: Tiles | None, split: int, dtype: torch.dtype) -> Tensor:
     decoder, tensors, spec, run = DECODERS[type(weight)](weight)
     (out, columns), rows = weight.shape, len(x)
     order = getattr(weight, "order", None)
     x = x if order is None else x.index_select(1, order)
     height = tune.height(rows)
     split = split or tune.split(rows, out, columns, x.device)
-    y = x.new_empty(split, rows, out, dtype=x.dtype if split == 1 else torch.float32)
+    y = x.new_empty(split, rows, out, dtype=dtype if split == 1 else torch.float32)
 
     def launch(t: Tiles) -> None:
         many_rows[(triton.cdiv(out, t.n), triton.cdiv(rows, t.m), split)](

@@ -143,13 +143,19 @@ def _dot(x: Tensor, scale: Tensor, weight: Any, bias: Tensor | None, dtype: torc
         return y[0]
     total = tune.join(y, None).float()
     if groups == 1:
-        total = total * scale * weight.scale.expand(out if len(weight.scale) == 1 else -1, -1).T
+        total = total * scale * _by_row(weight)
     return total if bias is None else total + bias.float()
 
 
 def _without_fp8(x: Tensor, scale: Tensor, weight: Any, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """E4M3 on GPUs that lack it: values of x are exact in float16, so only the weight's decoding differs."""
-    if scale.shape[1] > 1:
+    """E4M3 on GPUs that lack it: codes of both are exact in float16; scales are applied afterwards, in float32."""
+    if max(scale.shape[1], weight.scale.shape[1]) > 1:
         return reference_scaled(x, scale, weight, bias, dtype)
-    y = product(x.to(torch.float16), pack_bytes(weight.codes, weight.scale, weight.block), None).float() * scale
+    codes = pack_bytes(weight.codes, torch.ones_like(weight.scale[:1]))
+    y = product(x.to(torch.float16), codes, None, dtype=torch.float32) * scale * _by_row(weight)
     return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def _by_row(weight: Any) -> Tensor:
+    """Scales ``[R, 1]`` of blocks of rows as ``[1, out]``."""
+    return weight.scale[torch.arange(weight.shape[0], device=weight.scale.device) // weight.block[0]].T

@@ -83,7 +83,7 @@ def product(
     split: int = 0,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``x [M, K]`` with consecutive columns, any of float32, float16, bfloat16; the result ``[M, N]`` in ``dtype`` or x's.
+    """``x [M, K]`` with consecutive columns, float32, float16, bfloat16; the result ``[M, N]`` in ``dtype``, else x's.
 
     ``tiles`` and ``split`` are chosen here unless given.
     """

@@ -22,7 +22,7 @@ def plane(first, blocks, k0, inside, WIDTH: tl.constexpr, BN: tl.constexpr, BK: 
 
 @triton.jit
 def fields(words, n, k0, N, K, P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """Codes, int32 ``[BN, BK]``, laid out as in :mod:`fewbits.kernels.words`, in planes of P, Q and R bits (0: none)."""
+    """Codes, int32 ``[BN, BK]``, laid out as in :mod:`fewbits.kernels.words`, planes of P, Q and R bits (0: none)."""
     blocks = (K + 31) // 32
     first = words + n.to(tl.int64) * (blocks * (P + Q + R))
     codes = plane(first, blocks, k0, n < N, P, BN, BK)

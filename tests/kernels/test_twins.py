@@ -44,9 +44,9 @@ def test_the_table_says_what_runs_on_gpus(monkeypatch: pytest.MonkeyPatch) -> No
     assert {"linear", "scaled_linear", "quantize_rows", "gram_"} <= set(chosen)
     assert chosen["linear"] == kernels.Choice("reference", "FEWBITS_KERNELS=reference")
     monkeypatch.delenv("FEWBITS_KERNELS")
-    monkeypatch.setattr(triton, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton, "installed", lambda: False)
     assert "pip install 'fewbits[gpu]'" in kernels.info("cuda")["linear"].why
-    monkeypatch.setattr(triton, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton, "installed", lambda: True)
     assert kernels.info("cuda")["linear"].implementation == "triton"
     assert kernels.info("cuda")["gram_"].implementation == "reference"
 
@@ -54,7 +54,7 @@ def test_the_table_says_what_runs_on_gpus(monkeypatch: pytest.MonkeyPatch) -> No
 def test_falling_back_on_a_gpu_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(triton, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton, "installed", lambda: False)
     triton._say.cache_clear()
     assert not any(triton.usable(torch.device("cuda", i)) for i in (0, 1, 0))
     assert len(caplog.records) == 1 and "fewbits[gpu]" in caplog.records[0].getMessage()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
 from fewbits.kernels import triton
@@ -10,5 +13,8 @@ DEVICE = "cpu" if triton.interpreting() or not torch.cuda.is_available() else "c
 collect_ignore_glob = [] if triton.usable(torch.device(DEVICE)) else ["test_*.py"]
 
 
-def pytest_configure() -> None:
-    torch.set_default_device(DEVICE)
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    """Tensors without a device are made where the kernels run."""
+    with torch.device(DEVICE):
+        yield

@@ -25,11 +25,17 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
+@functools.cache
+def installed() -> bool:
+    """Whether Triton can be imported; it is not imported to find out."""
+    return find_spec("triton") is not None
+
+
 def missing() -> str:
     """Why twins cannot run on GPUs here; empty when they can."""
     if os.environ.get("FEWBITS_KERNELS") == "reference":
         return "FEWBITS_KERNELS=reference"
-    if find_spec("triton") is None:
+    if not installed():
         return "Triton is not installed; pip install 'fewbits[gpu]'"
     return ""
 

@@ -55,7 +55,7 @@ def usable(device: torch.device) -> bool:
 @functools.cache
 def launcher(name: str) -> Callable[..., Any]:
     """The function ``name`` that prepares and starts kernels."""
-    return getattr(import_module(f"fewbits.kernels.triton.{_LAUNCHERS[name]}"), name)  # type: ignore[no-any-return]
+    return getattr(import_module(f"fewbits.kernels.triton.{_LAUNCHERS[name]}"), name)
 
 
 @functools.cache

@@ -47,7 +47,9 @@ class Weight(Protocol):
 class _Held:
     """What all kinds share: they live where their first tensor lives."""
 
-    tensors: tuple[Tensor | None, ...]
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:

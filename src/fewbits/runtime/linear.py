@@ -77,7 +77,7 @@ class QuantLinear(nn.Module):
         if self._packed is not None:
             return qlinear.dequantize(self._packed, dtype)
         if self._twin is not None:
-            return self._twin.dense().to(dtype)  # type: ignore[no-any-return]
+            return self._twin.dense().to(dtype)
         if self._loose is None:
             raise RequestError("this layer has no weight yet; load a checkpoint or call fill")
         return self._loose.dense().to(dtype)
@@ -120,7 +120,7 @@ class QuantLinear(nn.Module):
 
     def _device(self) -> torch.device:
         if self._twin is not None:
-            return self._twin.device  # type: ignore[no-any-return]
+            return self._twin.device
         return torch.device("cpu") if self._loose is None else self._loose.codes.device
 
     def _move(self, device: torch.device) -> None:

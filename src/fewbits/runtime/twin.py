@@ -32,13 +32,14 @@ def unpack(grid: Any, weight: Any) -> Quantized:
 
 
 def _ints(q: Quantized) -> gpu.IntWeight:
+    grid: Any = q.grid
     rows, groups = q.shape[0], torch.arange(q.params["scale"].shape[1], device=q.codes.device)
     scale, zero = (
         None if p is None else spread(p, groups, rows).expand(rows, -1)
         for p in (q.params["scale"], q.params.get("zero"))
     )
     assert scale is not None
-    return gpu.pack_int(q.codes, scale, zero, q.grid.bits, q.grid.group, q.params.get("g_idx"))
+    return gpu.pack_int(q.codes, scale, zero, grid.bits, grid.group, q.params.get("g_idx"))
 
 
 PACKERS: dict[type, Callable[[Quantized], Any]] = {Int: _ints}

@@ -10,6 +10,7 @@ import os
 import statistics
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def fastest(
     best, least = candidates[0], float("inf")
     for tiles in candidates:
         try:
-            took = time(lambda tiles=tiles: launch(tiles))
+            took = time(partial(launch, tiles))
         except Exception as error:
             if type(error).__name__ != "OutOfResources":
                 raise

@@ -73,6 +73,11 @@ def register_twin(name: str, schema: str, uses: str) -> None:
     _twins[name] = Op(name, schema, lambda level: uses)
 
 
+def twins() -> dict[str, Op]:
+    """The ops that have a twin in Triton."""
+    return _twins
+
+
 def native(*tensors: Tensor | None) -> bool:
     """Whether C++ can take these tensors: the extension is there, and all of them are on the CPU."""
     return C is not None and all(t is None or t.device.type == "cpu" for t in tensors)
@@ -89,26 +94,12 @@ def multiplies_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
 
 
-def info(device: str = "cpu") -> dict[str, Choice]:
-    """For each op: the implementation chosen for tensors on ``device``, and why.
-
-    ``cpu``: the ops in C++. ``cuda``: these run the reference; the products of quantized layers have Triton twins.
-    """
-    if device == "cuda":
-        return _info_cuda()
+def info() -> dict[str, Choice]:
+    """For each op: the implementation chosen for CPU tensors, and why. Elsewhere the reference runs, or a twin
+    (:func:`fewbits.kernels.gpu.info`)."""
     if C is None:
         return {name: Choice("reference", _missing) for name in _ops}
     return {name: Choice("native", f"CPU has {C.detected_isa()}: {op.uses(C.isa())}") for name, op in _ops.items()}
-
-
-def _info_cuda() -> dict[str, Choice]:
-    from fewbits.kernels import gpu, triton  # registers the twins
-
-    assert gpu is not None
-    why, plain = triton.missing(), {name: Choice("reference", "no kernel for GPUs; plain torch") for name in _ops}
-    return plain | {
-        name: Choice("reference", why) if why else Choice("triton", op.uses("cuda")) for name, op in _twins.items()
-    }
 
 
 def schemas() -> dict[str, str]:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits.kernels import triton, words
-from fewbits.kernels._table import register_twin, require, shape
+from fewbits.kernels._table import Choice, register_twin, require, shape, twins
 from fewbits.kernels.qlinear import column_order
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -309,6 +309,14 @@ def reference_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale == 0, 1.0, scale)
     codes = (wide / scale).clamp(-top, top)
     return (torch.nan_to_num(codes).round() if dtype == torch.int8 else codes).to(dtype), scale
+
+
+def info() -> dict[str, Choice]:
+    """For each op of this file: what runs for tensors on a CUDA or ROCm device, and why."""
+    why = triton.missing()
+    return {
+        name: Choice("reference", why) if why else Choice("triton", op.uses("cuda")) for name, op in twins().items()
+    }
 
 
 def twin(name: str, x: Tensor) -> Callable[..., Any] | None:

@@ -2,7 +2,8 @@
 
 An op is a Python function with a schema and checks; its plain-torch *reference* is the specification and works on
 any device; its native implementation is C++ in the extension ``fewbits.kernels._C``. ``FEWBITS_KERNELS=reference``
-turns C++ off; ``FEWBITS_ISA=portable|avx2|avx512|amx`` lowers the instruction set that C++ may use.
+turns C++ off; ``triton`` does too and runs the Triton twins (:mod:`fewbits.kernels.gpu`) on any device, on the CPU in
+Triton's interpreter; ``FEWBITS_ISA=portable|avx2|avx512|amx`` lowers the instruction set that C++ may use.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Op:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which implementation is chosen for CPU tensors (``native`` or ``reference``), and why."""
+    """Which implementation is chosen (``native``, ``triton`` or ``reference``), and why."""
 
     implementation: str
     why: str
@@ -42,13 +43,13 @@ class Choice:
 
 def _load() -> tuple[Any, str]:
     wanted = os.environ.get("FEWBITS_KERNELS", "auto")
-    if wanted not in ("auto", "reference"):
-        raise RequestError(f"FEWBITS_KERNELS={wanted!r} is unknown; allowed: auto, reference")
+    if wanted not in ("auto", "reference", "triton"):
+        raise RequestError(f"FEWBITS_KERNELS={wanted!r} is unknown; allowed: auto, reference, triton")
     level = os.environ.get("FEWBITS_ISA")
     if level is not None and level not in LEVELS:
         raise RequestError(f"FEWBITS_ISA={level!r} is unknown; allowed: {', '.join(LEVELS)}")
-    if wanted == "reference":
-        return None, "FEWBITS_KERNELS=reference"
+    if wanted != "auto":
+        return None, f"FEWBITS_KERNELS={wanted}"
     try:
         return import_module("fewbits.kernels._C"), ""
     except ImportError as error:
@@ -59,11 +60,22 @@ def _load() -> tuple[Any, str]:
 
 C, _missing = _load()
 _ops: dict[str, Op] = {}
+_twins: dict[str, Op] = {}
 
 
 def register(name: str, schema: str, uses: Callable[[str], str]) -> None:
     """Add an op. ``uses(level)`` says what its C++ code uses at that level, for :func:`info`."""
     _ops[name] = Op(name, schema, uses)
+
+
+def register_twin(name: str, schema: str, uses: str) -> None:
+    """Add an op of :mod:`fewbits.kernels.gpu`, whose fast implementation is in Triton; ``uses`` says how it works."""
+    _twins[name] = Op(name, schema, lambda level: uses)
+
+
+def twins() -> dict[str, Op]:
+    """The ops that have a twin in Triton."""
+    return _twins
 
 
 def native(*tensors: Tensor | None) -> bool:
@@ -83,7 +95,8 @@ def multiplies_bf16() -> bool:
 
 
 def info() -> dict[str, Choice]:
-    """For each op: the implementation chosen for CPU tensors, and why. Other devices always use the reference."""
+    """For each op: the implementation chosen for CPU tensors, and why. Elsewhere the reference runs, or a twin
+    (:func:`fewbits.kernels.gpu.info`)."""
     if C is None:
         return {name: Choice("reference", _missing) for name in _ops}
     return {name: Choice("native", f"CPU has {C.detected_isa()}: {op.uses(C.isa())}") for name, op in _ops.items()}

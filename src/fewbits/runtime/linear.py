@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from fewbits.errors import RequestError
 from fewbits.grids import Int, Vectorwise, group_index, spread
-from fewbits.kernels import qlinear
+from fewbits.kernels import gpu, qlinear
+from fewbits.runtime import twin
 from fewbits.tensor import Quantized
 
 
 class QuantLinear(nn.Module):
     """``x @ W.T + bias`` with ``W [out, in]`` kept as codes; stands for nn.Linear and for transformers' Conv1D.
 
-    On the CPU the codes are prepacked for the C++ product. Elsewhere, without the extension, and for weights that the
-    kernels do not hold (grids other than ``Int``, residuals), the weight is dequantized on every call. Codes get no
+    On the CPU the codes are prepacked for the C++ product, on GPUs for the Triton twins. Elsewhere, without either, and
+    for weights that the kernels do not hold (grids other than ``Int``, residuals), the weight is dequantized on every
+    call. Codes get no
     gradient; inputs do. The weight is not part of ``state_dict``: a loaded model is saved by copying its checkpoint.
     """
 
@@ -37,6 +39,7 @@ class QuantLinear(nn.Module):
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
         self.grid: Any = None
         self._packed: qlinear.PackedWeight | None = None
+        self._twin: Any = None
         self._loose: Quantized | None = None
         self._offset: tuple[Any, Tensor | None] = (None, None)
 
@@ -55,18 +58,16 @@ class QuantLinear(nn.Module):
             grid, params = q.grid.uniform(q.params)
             q = Quantized(grid, q.codes, params, q.residual)
         self.grid, self._packed, self._loose = q.grid, _pack(q), None
-        if self._packed is None:
+        self._twin = twin.pack(q) if self._packed is None else None
+        if self._packed is None and self._twin is None:
             self._loose = q
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        p = self._packed
-        if (
-            p is None
-            or x.dtype not in qlinear.DTYPES
-            or x.device.type != "cpu"
-            or (x.requires_grad and torch.is_grad_enabled())
-        ):
+        p, fused = self._packed, x.dtype in qlinear.DTYPES and not (x.requires_grad and torch.is_grad_enabled())
+        if fused and self._twin is not None and x.device == self._twin.device:
+            return gpu.linear(x, self._twin, self.bias)
+        if p is None or not fused or x.device.type != "cpu":
             weight = self.dequantize(x.dtype).to(x.device)
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         return qlinear.matmul(x, p, None if self.bias is None else self._bias())
@@ -75,6 +76,8 @@ class QuantLinear(nn.Module):
         """The weight ``[out, in]``; in float32 exactly ``Quantized.dense()``."""
         if self._packed is not None:
             return qlinear.dequantize(self._packed, dtype)
+        if self._twin is not None:
+            return self._twin.dense().to(dtype)
         if self._loose is None:
             raise RequestError("this layer has no weight yet; load a checkpoint or call fill")
         return self._loose.dense().to(dtype)
@@ -82,7 +85,7 @@ class QuantLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dequantized weight, for code that looks at ``module.weight``; computed on every access."""
-        if self._packed is None and self._loose is None:  # transformers' initialisers touch it before it is there
+        if self.grid is None:  # transformers' initialisers touch it before it is there
             return torch.empty(self.out_features, self.in_features, device="meta")
         return self.dequantize(torch.float32 if self.bias is None else self.bias.dtype)
 
@@ -91,6 +94,8 @@ class QuantLinear(nn.Module):
         """Bytes of codes and their parameters in memory."""
         if self._packed is not None:
             return self._packed.nbytes
+        if self._twin is not None:
+            return int(self._twin.nbytes)
         held = [] if self._loose is None else [self._loose.codes, *self._loose.params.values()]
         return sum(t.numel() * t.element_size() for t in held)
 
@@ -114,6 +119,8 @@ class QuantLinear(nn.Module):
         return self
 
     def _device(self) -> torch.device:
+        if self._twin is not None:
+            return self._twin.device
         return torch.device("cpu") if self._loose is None else self._loose.codes.device
 
     def _move(self, device: torch.device) -> None:
@@ -121,6 +128,8 @@ class QuantLinear(nn.Module):
         if self._packed is not None:
             codes, scale, zero, g_idx = qlinear.unpack_weight(self._packed)
             q = Quantized(self.grid, codes, _params(self.grid, scale, zero, g_idx))
+        elif self._twin is not None:
+            q = twin.unpack(self.grid, self._twin)
         if q is not None:
             moved = {name: t.to(device) for name, t in q.params.items()}
             self.fill(Quantized(q.grid, q.codes.to(device), moved, q.residual))

@@ -1,0 +1,53 @@
+"""QuantLinear on a device that has twins: the same weight, the twins' product, and the way there and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fewbits.grids import Int
+from fewbits.runtime import QuantLinear
+from fewbits.tensor import Quantized
+
+GRIDS = [Int(4, 32), Int(3, -1, symmetric=True), Int(8, -1, rows=-1), Int(4, 20, rows=5)]
+
+
+def quantized(grid: Int, scattered: bool = False) -> Quantized:
+    torch.manual_seed(0)
+    w = torch.randn(50, 160)
+    p = grid.fit(w)
+    if scattered:
+        p["g_idx"] = grid.index(p, 160)[torch.randperm(160)].int()
+    return Quantized(grid, grid.encode(w, p), p)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_a_layer_runs_the_twin(grid: Int) -> None:
+    q, bias, x = quantized(grid, grid == GRIDS[0]), torch.randn(50), torch.randn(2, 3, 160)
+    layer = QuantLinear.from_quantized(q, bias)
+    assert layer._twin is not None and layer._loose is None
+    assert layer.nbytes < 1.3 * 50 * 160 * grid.bits / 8 + 4000
+    assert torch.equal(layer.dequantize(), q.dense())
+    torch.testing.assert_close(layer(x), F.linear(x, q.dense(), bias), rtol=2e-5, atol=2e-5)
+
+
+def test_moving_comes_back_to_the_same_weight() -> None:
+    q = quantized(Int(3, 32), scattered=True)
+    layer = QuantLinear.from_quantized(q)
+    layer._move(torch.empty(0).device)
+    assert layer._twin is not None and torch.equal(layer.dequantize(), q.dense())
+
+
+def test_what_a_twin_does_not_hold_is_dequantized() -> None:
+    q, x = quantized(Int(4, 32), scattered=True), torch.randn(3, 160)
+    q.params["g_idx"][:] = 0
+    layer = QuantLinear.from_quantized(q)
+    assert layer._twin is None
+    torch.testing.assert_close(layer(x), x @ q.dense().T, rtol=2e-5, atol=2e-5)
+
+
+def test_inputs_get_gradients() -> None:
+    q, x = quantized(Int(4, 32)), torch.randn(3, 160, requires_grad=True)
+    QuantLinear.from_quantized(q)(x).sum().backward()
+    torch.testing.assert_close(x.grad, q.dense().sum(0).expand(3, -1), rtol=1e-5, atol=1e-5)

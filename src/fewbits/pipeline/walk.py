@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fewbits.errors import FewbitsError
 from fewbits.formats import Entry, Layout
 from fewbits.grids import tied
-from fewbits.model import Site, Source, fold, get_weight, set_weight
+from fewbits.model import Experts, Site, Source, fold, get_weight, set_weight
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.forward import run
 from fewbits.plan import Plan, Recipe
@@ -122,11 +122,14 @@ class Walk:
         solve: Callable[[int], None],
         keep: bool = True,
     ) -> None:
-        forwards = [lambda x=acts[b]: self._call(block, i, x) for b in range(len(acts))]
+        # A router mixes padding with what counts; its experts' products differ in length anyway.
+        padded = not any(isinstance(m, Experts) for m in block.modules())
+        read, cut = (acts.padded, acts.cut) if padded else (acts.__getitem__, lambda b, x: x)
+        forwards = [lambda b=b: self._call(block, i, read(b)) for b in range(len(acts))]
         # The greenlets stop inside autocast; what happens between their steps must not inherit it.
         plain = torch.autocast("cpu", enabled=False)
         with self._precision():
-            for batch, out in run(block, stages, forwards, plain(observe), plain(solve), self.waiting):
+            for batch, out in run(block, stages, forwards, plain(observe), plain(solve), self.waiting, cut):
                 if keep:
                     acts[batch] = out
 

@@ -26,7 +26,8 @@ def page(study: Study) -> str:
     title = escape(f"Activation outliers of {study['model']}")
     facts = f"{study['samples']} rows of {study['seq_len']} tokens of {study['text']}"
     style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color-scheme:light dark}"
+        ":root{color-scheme:light dark}"
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em}"
         "table{border-collapse:collapse;font-size:13px}td,th{padding:2px 10px;text-align:right}"
         "td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#8882}"
     )
@@ -35,8 +36,8 @@ def page(study: Study) -> str:
         body.append("<h2>Zeroing</h2>" + _html(table(study)))
     body.append("<h2>Inputs of the linear layers</h2>" + _html(layers(study)))
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style></head>'
-        f"<body>{''.join(body)}</body></html>\n"
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{style}</style>'
+        f"</head><body>{''.join(body)}</body></html>\n"
     )
 
 

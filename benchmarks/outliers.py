@@ -33,14 +33,44 @@ def measure(model: str, text: str) -> dict[str, Any]:
         "samples": 16,
         "seq_len": 256,
         "sigmas": 6.0,
+        "zeroing_rows": 4,
         "layers": [f.to_json() for f in found],
         "zeroing": [z.to_json() for z in zeroed],
     }
 
 
+def markdown(rows: list[list[str]]) -> str:
+    """A table, its head first."""
+    head, *rest = rows
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rest]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def write(study: dict[str, Any]) -> None:
+    """``outliers.md`` and the picture."""
+    from fewbits.report import layers, picture, table
+
+    largest = sorted(study["layers"], key=lambda x: -x["absmax"])[:10]
+    parts = [
+        f"# Activation outliers of {study['model']}\n",
+        f"Made by `benchmarks/outliers.py` from `results/outliers.json`; text: {study['text']}; float32.\n",
+        f"## Zeroing\n\n{study['zeroing_rows']} windows of {study['seq_len']} tokens. In the input of every linear layer "
+        "of the blocks the values with the largest magnitude become zero, or as many at random places. KL is "
+        f"KL(original || zeroed), nats per token; the original's perplexity is "
+        f"{study['zeroing'][0]['reference_perplexity']:.2f}.\n\n{markdown(table(study))}",
+        f"## The ten inputs with the largest values\n\n{study['samples']} rows of {study['seq_len']} tokens. `channels` "
+        "hold at least one such value, `in first tokens` is the share of them in the first tokens of the rows, "
+        f"`heaviest channel` the channel that holds most and its share.\n\n"
+        f"{markdown(layers(study | {'layers': largest}))}",
+    ]
+    (HERE / "outliers.md").write_text("\n".join(parts), encoding="utf-8")
+    (HERE.parent / "docs" / "outliers.svg").write_text(picture(study), encoding="utf-8")
+
+
 def main() -> None:
     if len(sys.argv) == 3:
-        RESULTS.write_text(json.dumps(measure(*sys.argv[1:]), indent=1) + "\n")
+        RESULTS.write_text(json.dumps(measure(*sys.argv[1:]), indent=1) + "\n", encoding="utf-8")
+    write(json.loads(RESULTS.read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":

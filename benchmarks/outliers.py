@@ -54,12 +54,12 @@ def write(study: dict[str, Any]) -> None:
     parts = [
         f"# Activation outliers of {study['model']}\n",
         f"Made by `benchmarks/outliers.py` from `results/outliers.json`; text: {study['text']}; float32.\n",
-        f"## Zeroing\n\n{study['zeroing_rows']} windows of {study['seq_len']} tokens. In the input of every linear layer "
-        "of the blocks the values with the largest magnitude become zero, or as many at random places. KL is "
+        f"## Zeroing\n\n{study['zeroing_rows']} windows of {study['seq_len']} tokens. In the input of every linear "
+        "layer of the blocks the values with the largest magnitude become zero, or as many at random places. KL is "
         f"KL(original || zeroed), nats per token; the original's perplexity is "
         f"{study['zeroing'][0]['reference_perplexity']:.2f}.\n\n{markdown(table(study))}",
-        f"## The ten inputs with the largest values\n\n{study['samples']} rows of {study['seq_len']} tokens. `channels` "
-        "hold at least one such value, `in first tokens` is the share of them in the first tokens of the rows, "
+        f"## The ten inputs with the largest values\n\n{study['samples']} rows of {study['seq_len']} tokens. "
+        "`channels` hold at least one such value, `in first tokens` is the share of them in the first tokens of the rows, "
         f"`heaviest channel` the channel that holds most and its share.\n\n"
         f"{markdown(layers(study | {'layers': largest}))}",
     ]

@@ -59,7 +59,7 @@ def write(study: dict[str, Any]) -> None:
         f"KL(original || zeroed), nats per token; the original's perplexity is "
         f"{study['zeroing'][0]['reference_perplexity']:.2f}.\n\n{markdown(table(study))}",
         f"## The ten inputs with the largest values\n\n{study['samples']} rows of {study['seq_len']} tokens. "
-        "`channels` hold at least one such value, `in first tokens` is the share of them in the first tokens of the rows, "
+        "`channels` hold at least one such value, `in first tokens` is their share in the first tokens of rows, "
         f"`heaviest channel` the channel that holds most and its share.\n\n"
         f"{markdown(layers(study | {'layers': largest}))}",
     ]

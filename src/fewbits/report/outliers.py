@@ -18,7 +18,9 @@ def picture(study: Study) -> str:
     panels = [_maxima, _shares, *([_zeroing] if study.get("zeroing") else [])]
     parts = [part for i, panel in enumerate(panels) for part in panel(study, 60.0 + i * 370.0)]
     title = f"Activation outliers of {study['model']}"
-    return svg.drawing(parts, 370.0 * len(panels) + 20, _TOP + _HIGH + 100, title)
+    return svg.drawing(
+        parts, 370.0 * len(panels) + 20, _TOP + _HIGH + 50 + 16 * max(4, len(_grid(study, lambda x: 0.0))), title
+    )
 
 
 def page(study: Study) -> str:

@@ -110,6 +110,8 @@ def drawing(parts: Sequence[str], width: float, height: float, title: str) -> st
 
 def number(value: float) -> str:
     """Three digits, without an exponent where none is needed."""
+    if 1000 <= abs(value) < 1e5:
+        return f"{value:.0f}"
     return f"{value:.3g}" if value == 0 or 1e-4 <= abs(value) < 1e5 else f"{value:.0e}"
 
 

@@ -34,8 +34,7 @@ class Axis:
         """Powers of ten, or at most six round steps."""
         if self.log:
             powers = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
-            step = 1 + len(powers) // 7
-            return [10.0**p for p in powers][::step]
+            return [10.0**p for p in powers][:: 1 + len(powers) // 7]
         unit = 10.0 ** math.floor(math.log10(self.high - self.low))
         step = next(unit * f for f in (0.1, 0.2, 0.5, 1.0, 2.0) if (self.high - self.low) / (unit * f) <= 6)
         return [i * step for i in range(math.ceil(self.low / step), math.floor(self.high / step + 1e-9) + 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from fewbits.model import Source
 from fewbits.model import rows as calibration_rows
 from fewbits.pipeline import mixture
 from fewbits.pipeline.job import Job, Result, default_compute
-from fewbits.plan import Calibration, Plan
+from fewbits.plan import Calibration, Plan, Rule
 
 PROBE_TOKENS = 1024
 
@@ -43,6 +44,7 @@ def quantize(
     recipe: str | Path | None = None,
     compute: str | None = None,
     dtype: str | None = None,
+    lm_head: bool = False,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result | Job:
     """Quantize a model into a checkpoint directory.
@@ -52,7 +54,8 @@ def quantize(
     method's paper uses (``group_size`` -1 is per channel); ``format`` is one of :data:`fewbits.formats.LAYOUTS`;
     ``calibration`` a text file, texts, or the name of a fetched asset; ``max_memory`` bytes for activations;
     ``compute`` "bf16" or "fp32" for the forward passes; ``dtype`` in which everything that is not quantized is
-    stored. ``dry_run`` returns the checked job.
+    stored; ``lm_head`` quantizes the output head too, which a model with tied embeddings cannot. ``dry_run`` returns
+    the checked job.
 
     Raises RequestError (the request cannot be carried out), CheckpointError (damaged model); see :mod:`fewbits.errors`.
     """
@@ -77,12 +80,19 @@ def quantize(
         "dtype": kept,
         "seed": seed,
     }
+    if lm_head and (mixed or recipe is not None):
+        raise RequestError(
+            f"--lm-head given, but {method + ' decides that itself' if recipe is None else 'the recipe decides'}; "
+            "drop --lm-head, or write a rule with match: lm_head at the top of a recipe"
+        )
     if recipe is not None:
         plan = read_recipe(Path(recipe), common)
     elif mixed:
         plan = mixture.plan(method, opened, **common)
     else:
         plan = methods.plan(method, bits, group_size, symmetric, grid, **common)
+    if lm_head:
+        plan = dataclasses.replace(plan, rules=(Rule(opened.head_name, plan.rules[-1].recipe), *plan.rules))
     plan = plan.with_scales(layout.scale_dtype or kept)
     rows, held_out = _rows(opened, plan, calibration)
     job = Job.check(

@@ -76,3 +76,35 @@ def test_a_dry_run_writes_nothing(capsys: Capture, model: Path, tmp_path: Path) 
     assert found["dry_run"] is True and found["tensors"] == 14
     assert found["bits_per_weight"] == pytest.approx(4 + (16 + 4) / 32)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_studies_activations(capsys: Capture, model: Path, tmp_path: Path) -> None:
+    text, html = tmp_path / "t.txt", tmp_path / "page.html"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    argv = ["inspect", str(model), "--activations", "--text", str(text), "--samples", "3", "--seq-len", "16"]
+    assert main([*argv, "--zeroing", "0.01,0.1", "--windows", "2", "--html", str(html), "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out.splitlines()[-1])
+    assert found["format"] == "dense" and len(found["activations"]["layers"]) == 8
+    assert [z["share"] for z in found["activations"]["zeroing"]] == [0.01, 0.01, 0.1, 0.1]
+    assert "kurtosis" in err and "random" in err and html.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--zeroing", "0.1"], "give --activations too"),
+        (["--activations", "--zeroing", "a"], "numbers between 0 and 1"),
+        (["--activations", "--zeroing", "0.1,2"], "numbers between 0 and 1"),
+        (["--activations", "--html", "/no/such/folder/x.html"], "no such directory"),
+        (["--activations", "--text", "/no/such/text"], "no such calibration text"),
+        (["--activations", "--text", "TEXT", "--samples", "5000"], "--samples"),
+        (["--activations", "--text", "TEXT", "--samples", "1", "--seq-len", "100"], "64 positions"),
+    ],
+)
+def test_inspect_refuses_in_one_line(capsys: Capture, model: Path, tmp_path: Path, argv: list[str], words: str) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 40)
+    assert main(["inspect", str(model), *(str(text) if a == "TEXT" else a for a in argv)]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ") and words in last

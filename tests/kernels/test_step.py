@@ -21,7 +21,8 @@ def test_rms_norm(dtype: torch.dtype, size: int) -> None:
     got, want = step.rms_norm(x, weight, 1e-5), step.rms_norm_reference(x, weight, 1e-5)
     # Sums of another order move the factor by a last place of float32, and a rounding may then fall the other way.
     torch.testing.assert_close(got, want, rtol=2 * EPS[dtype], atol=1e-7)
-    assert (got == want).float().mean() > (0.2 if dtype == torch.float32 else 0.98)
+    # How many float32 results that leaves equal depends on the processor; two places coarser, nearly all are.
+    assert dtype == torch.float32 or (got == want).float().mean() > 0.98
     assert torch.equal(step.rms_norm(torch.zeros_like(x), weight, 1e-5), torch.zeros_like(x))
 
 

@@ -71,6 +71,40 @@ def test_methods_lower_the_output_error(method, llama, tmp_path):
     assert (result.kl is None) == (method == "rtn")
 
 
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_same_bytes_whatever_the_threads_when_the_last_batch_is_short(llama, tmp_path, compute):
+    """7 rows of 48 tokens follow a full batch of 85."""
+    before, trees = torch.get_num_threads(), []
+    settings = SMALL | {"samples": 92, "seq_len": 48, "compute": compute}
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            out = tmp_path / f"{threads}"
+            api.quantize(llama, out, method="awq+gptq", format="fewbits", bits=4, **settings)
+            trees.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
+    finally:
+        torch.set_num_threads(before)
+    assert trees[0] == trees[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
+@pytest.mark.parametrize("memory", [None, 20_000])
+def test_padding_is_never_counted(family, memory, tmp_path, monkeypatch):
+    """Every layer's statistics hold the tokens asked for, and batches of another size give the same statistics."""
+    source = make(family, tmp_path / "model")
+    seen = []
+    for tokens in (4096, 5 * 16):
+        monkeypatch.setattr("fewbits.pipeline.acts.TOKENS_PER_BATCH", tokens)
+        out = tmp_path / f"{tokens}"
+        api.quantize(source, out, method="gptq", format="fewbits", bits=8, max_memory=memory, **SMALL)
+        events = [json.loads(x) for x in (out / "fewbits_events.jsonl").read_text().splitlines()]
+        assert all(e["tokens"] == 12 * 16 for e in events if ".experts." not in e["name"])
+        seen.append({e["name"]: (e["tokens"], e["error"]) for e in events if "fallback" not in e})
+    assert seen[0].keys() == seen[1].keys()
+    for name, (tokens, error) in seen[0].items():
+        assert seen[1][name] == (tokens, pytest.approx(error, rel=1e-2, abs=1e-5))
+
+
 def test_same_bytes_whatever_the_threads_and_the_memory(llama, tmp_path):
     before, trees = torch.get_num_threads(), []
     try:

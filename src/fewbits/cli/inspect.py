@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fewbits.cli.base import Debug, Json, Verbose, console, emit, human, number
+from fewbits.errors import RequestError
 
 if TYPE_CHECKING:
     from fewbits.evaluate import Census
+
+
+_NARROW = (0, 1, 4, 5, 8, 10)  # columns of the page's table that fit a terminal
 
 
 def command(
@@ -18,24 +24,104 @@ def command(
     check: Annotated[
         bool, typer.Option("--check", help="Read every tensor: all codes in range, all numbers finite.")
     ] = False,
+    activations: Annotated[
+        bool, typer.Option("--activations", help="Run a text through a dense model: outliers of every layer's input.")
+    ] = False,
+    text: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Text file, or a fetched text: c4 (default), wiki, code, wikitext2."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Rows of the text for --activations.")] = 16,
+    seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    sigmas: Annotated[float, typer.Option(help="Outliers are also counted above so many standard deviations.")] = 6.0,
+    zeroing: Annotated[
+        str | None,
+        typer.Option(metavar="SHARES", help="Measure what zeroing these shares costs, as in 0.001,0.01 (slow)."),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Rows of the text for --zeroing.")] = 4,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the study as one page.")] = None,
     verbose: Verbose = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show formats, bits and sizes of a checkpoint without loading the model.
+    """Show formats, bits and sizes of a checkpoint without loading the model; with --activations, study its outliers.
 
     [bold]Examples[/bold]
 
         fewbits inspect ./smollm2-int4
 
         fewbits inspect ./smollm2-int4 --check --json
+
+        fewbits inspect ./smollm2 --activations --zeroing 0.001,0.01 --html outliers.html
     """
     from fewbits.evaluate import census
 
+    if not activations and (text is not None or zeroing is not None or html is not None):
+        raise RequestError("--text, --zeroing and --html belong to the outlier study; give --activations too")
+    shares = parse_shares(zeroing)
+    if html is not None and not html.absolute().parent.is_dir():
+        raise RequestError(f"--html {html}: no such directory; make {html.parent} first")
     found = census(path, check)
     report(found, verbose)
+    result = found.to_json() | {"checked": check}
+    if activations:
+        result["activations"] = outliers(path, text, (samples, seq_len, windows), sigmas, shares)
+        show(result["activations"], verbose, html)
     if as_json:
-        emit(found.to_json() | {"checked": check})
+        emit(result)
+
+
+def parse_shares(given: str | None) -> list[float]:
+    """``0.001,0.01`` as numbers; RequestError for anything else."""
+    try:
+        shares = [float(part) for part in given.split(",")] if given is not None else []
+    except ValueError:
+        shares = [0.0]
+    if not all(0 < s < 1 for s in shares):
+        raise RequestError(
+            f"--zeroing {given!r} is not a list of shares; give numbers between 0 and 1, as in 0.001,0.01"
+        )
+    return shares
+
+
+def outliers(
+    path: str, text: str | None, rows: tuple[int, int, int], sigmas: float, shares: list[float]
+) -> dict[str, Any]:
+    """The study as JSON types; ``rows`` are samples, tokens per row, and windows of the zeroing experiment."""
+    from fewbits.cli.progress import Progress
+    from fewbits.evaluate.outliers import study
+    from fewbits.evaluate.zeroing import zeroing
+
+    samples, seq_len, windows = rows
+    with Progress("observing", "block", "blocks") as progress:
+        found = study(path, text, samples, seq_len, sigmas, progress)
+    result: dict[str, Any] = {"model": path, "text": text or "c4", "samples": samples, "seq_len": seq_len}
+    result |= {"sigmas": sigmas, "layers": [f.to_json() for f in found]}
+    if shares:
+        with Progress("zeroing", "case", "cases") as progress:
+            cases = zeroing(path, shares, text, windows, seq_len, on_event=progress)
+        result["zeroing"] = [z.to_json() for z in cases]
+    return result
+
+
+def show(study: Mapping[str, Any], verbose: bool, html: Path | None) -> None:
+    """The inputs with the largest values (all with ``verbose``), the zeroing table, and the page."""
+    from rich.table import Table
+
+    from fewbits.report import layers, page, table
+
+    by_size = dict(study) | {"layers": sorted(study["layers"], key=lambda x: -x["absmax"])[:8]}
+    rows = [[row[i] for i in _NARROW] for row in layers(study if verbose else by_size)]
+    for head, *rest in (rows, *([table(study)] if "zeroing" in study else [])):
+        shown = Table(box=None, pad_edge=False)
+        for i, name in enumerate(head):
+            shown.add_column(name, overflow="fold", justify="right" if i else "left")
+        for row in rest:
+            shown.add_row(*row)
+        console().print(shown)
+    if html is not None:
+        html.write_text(page(study), encoding="utf-8")
+        console().print(f"page: {html}", markup=False)
 
 
 def report(found: Census, verbose: bool) -> None:

@@ -26,6 +26,9 @@ def command(
         bool | None,
         typer.Option("--symmetric/--affine", help="Zero point in the middle, or free; default: the format's."),
     ] = None,
+    lm_head: Annotated[
+        bool, typer.Option("--lm-head", help="Quantize the output head too, where it is not the embedding itself.")
+    ] = False,
     format: Annotated[str | None, typer.Option(help="fewbits, gptq, awq, bitsandbytes, gguf, ...")] = None,
     calibration: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Text file, or a fetched text: c4, wiki, code.")
@@ -84,6 +87,7 @@ def command(
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
+        "lm_head": lm_head,
         "format": format,
         "calibration": calibration,
         "samples": samples,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fewbits.errors import CheckpointError, RequestError
-from fewbits.model import Shell, Site, Slot, families, locate, match, unstack_experts
+from fewbits.model import Shell, Site, Slot, families, get_weight, locate, match, set_weight, unstack_experts
 from fewbits.storage import Checkpoint
 
 SIDE_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -121,6 +121,24 @@ class Source:
         """Name on disk, without ``.weight``, of a linear of block ``i`` (``self_attn.q_proj``)."""
         return self._slots[f"{self.block_prefix(i)}.{local}.weight"].disk.removesuffix(".weight")
 
+    @cached_property
+    def head_name(self) -> str:
+        """Name of the output head on disk, without ``.weight``; in memory where it is tied and stored nowhere."""
+        name = self._head[0]
+        slot = self._slots.get(f"{name}.weight")
+        return name if slot is None else slot.disk.removesuffix(".weight")
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the input embedding."""
+        return f"{self._head[0]}.weight" in self._tied
+
+    @property
+    def head_shape(self) -> tuple[int, int]:
+        """``(vocabulary, width)``."""
+        out, columns = get_weight(self._head[1]).shape
+        return int(out), int(columns)
+
     # ---- blocks ------------------------------------------------------------------------------------------------------
 
     def block(self, i: int, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -205,14 +223,30 @@ class Source:
             self._kwargs = {length: self._shell.kwargs(length)}
         return self._kwargs[length]
 
-    def tail(self, dtype: torch.dtype = torch.float32) -> Callable[[Tensor], Tensor]:
-        """What follows the last block: ``hidden [..., T, d]`` -> logits ``[..., T, vocabulary]`` float32.
-
-        Holds the output head in ``dtype`` as long as it lives. Give few tokens at a time: logits are large.
-        """
-        name, module = self._shell.named(self._shell.model.get_output_embeddings())  # type: ignore[operator]
+    def head(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The output head with its own writable weight in ``dtype``."""
+        name, module = self._head
         head = _copy(module, self.config)
         self._materialise(head, name, (), dtype)
+        self.checkpoint.release()
+        return head
+
+    @torch.no_grad()
+    def before_head(self, hidden: Tensor) -> Tensor:
+        """What enters the output head for ``hidden [rows, T, d]`` after the last block: ``[rows, T, width]``."""
+        seen: list[Tensor] = []
+        self._shell.logits(hidden, self._head[0], _Record(seen))
+        return seen[0]
+
+    def tail(self, dtype: torch.dtype = torch.float32, weight: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """What follows the last block: ``hidden [..., T, d]`` -> logits ``[..., T, vocabulary]`` float32.
+
+        Holds the output head in ``dtype`` as long as it lives, with ``weight [vocabulary, width]`` in place of its own
+        if given. Give few tokens at a time: logits are large.
+        """
+        name, head = self._head[0], self.head(dtype)
+        if weight is not None:
+            set_weight(head, weight)
 
         @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
@@ -222,6 +256,10 @@ class Source:
         return logits
 
     # ---- inside ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _head(self) -> tuple[str, nn.Module]:
+        return self._shell.named(self._shell.model.get_output_embeddings())  # type: ignore[operator]
 
     def _table(self) -> Tensor:
         name, _ = self._shell.named(self._shell.model.get_input_embeddings())  # type: ignore[operator]
@@ -279,8 +317,7 @@ class Source:
 
     def _verify(self, wanted: dict[str, torch.Size]) -> None:
         """Every weight of the decoder and the head is there and every tensor has its shape, before any work."""
-        head = self._shell.named(self._shell.model.get_output_embeddings())[0]  # type: ignore[operator]
-        parts = (f"{self._path}.", f"{self._shell.named(self._shell.decoder)[0]}.", f"{head}.")
+        parts = (f"{self._path}.", f"{self._shell.named(self._shell.decoder)[0]}.", f"{self._head[0]}.")
         for name in self._parameters:
             if name.startswith(parts):
                 self._slot(name)
@@ -290,6 +327,18 @@ class Source:
                 raise CheckpointError(
                     f"{self.path}: tensor {slot.stored} is {found}, config.json wants {tuple(wanted[name])}"
                 )
+
+
+class _Record(nn.Module):
+    """Stands where the output head was: keeps what enters, and hands on a vocabulary of one word."""
+
+    def __init__(self, seen: list[Tensor]):
+        super().__init__()
+        self.seen = seen
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return x[..., :1]
 
 
 def _copy(module: nn.Module, config: Any) -> nn.Module:

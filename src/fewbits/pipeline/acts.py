@@ -48,6 +48,17 @@ class Acts:
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
         self[batch].copy_(hidden)
 
+    def padded(self, batch: int) -> Tensor:
+        """A batch filled up with its own rows until it is as long as the others. Libraries split short products
+        among their threads in another way than long ones, and round them differently for each number of threads.
+        """
+        x = self[batch]
+        return x if len(x) == self.per_batch else x[torch.arange(self.per_batch) % len(x)]
+
+    def cut(self, batch: int, x: Tensor) -> Tensor:
+        """What belongs to the rows of a batch in ``x``, computed from :meth:`padded`: ``[rows or tokens, ...]``."""
+        return x[: len(x) * len(self[batch]) // self.per_batch]
+
     def batches(self, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
         """``ids [rows, tokens]`` cut as the store is."""
         yield from enumerate(ids.split(self.per_batch))

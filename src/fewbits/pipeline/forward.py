@@ -19,6 +19,7 @@ from torch import Tensor, nn
 Forward = Callable[[], Tensor]
 Observe = Callable[[int, Tensor], None]
 Solve = Callable[[int], None]
+Cut = Callable[[int, Tensor], Tensor]
 
 
 class Turnstile:
@@ -60,8 +61,11 @@ def run(
     observe: Observe,
     solve: Solve,
     waiting: bool = True,
+    cut: Cut = lambda batch, x: x,
 ) -> Iterator[tuple[int, Tensor]]:
     """Run ``forwards`` (one per batch) through ``block``; yields ``(batch, output)``.
+
+    ``cut(batch, x)`` takes padding off what is observed and what is yielded.
 
     ``observe(stage, x)`` gets the input of each stage for each batch, in batch order; ``solve(stage)`` is called once
     per stage, in order, when every batch that reaches it has been observed, and must leave the weights to go on with.
@@ -69,12 +73,14 @@ def run(
     turnstile = Turnstile(block, stages)
     with turnstile.hooked():
         if waiting:
-            yield from _wait(turnstile, forwards, observe, solve)
+            yield from _wait(turnstile, forwards, observe, solve, cut)
         else:
-            yield from _repeat(turnstile, forwards, observe, solve)
+            yield from _repeat(turnstile, forwards, observe, solve, cut)
 
 
-def _wait(gate: Turnstile, forwards: Sequence[Forward], observe: Observe, solve: Solve) -> Iterator[tuple[int, Tensor]]:
+def _wait(
+    gate: Turnstile, forwards: Sequence[Forward], observe: Observe, solve: Solve, cut: Cut
+) -> Iterator[tuple[int, Tensor]]:
     runs = {b: greenlet(f) for b, f in enumerate(forwards)}
     at: dict[int, int] = {}
     ready = list(runs)
@@ -83,10 +89,10 @@ def _wait(gate: Turnstile, forwards: Sequence[Forward], observe: Observe, solve:
             for b in ready:
                 result = runs[b].switch()
                 if runs[b].dead:
-                    yield b, result
+                    yield b, cut(b, result)
                 else:
                     at[b] = result[0]
-                    observe(*result)
+                    observe(result[0], cut(b, result[1]))
             if stage < len(gate.stages):
                 solve(stage)
                 gate.open.add(stage)
@@ -100,18 +106,18 @@ def _wait(gate: Turnstile, forwards: Sequence[Forward], observe: Observe, solve:
 
 
 def _repeat(
-    gate: Turnstile, forwards: Sequence[Forward], observe: Observe, solve: Solve
+    gate: Turnstile, forwards: Sequence[Forward], observe: Observe, solve: Solve, cut: Cut
 ) -> Iterator[tuple[int, Tensor]]:
     for stage in range(len(gate.stages)):
-        for forward in forwards:
+        for b, forward in enumerate(forwards):
             g = greenlet(forward)
             result = g.switch()
             while not g.dead and result[0] != stage:
                 result = g.switch()
             if not g.dead:
-                observe(*result)
+                observe(result[0], cut(b, result[1]))
                 g.throw(GreenletExit)
         solve(stage)
         gate.open.add(stage)
     for b, forward in enumerate(forwards):
-        yield b, forward()
+        yield b, cut(b, forward())

@@ -33,6 +33,9 @@ from fewbits.pipeline.work import WorkDir
 from fewbits.plan import Plan, Recipe
 
 Emit = Callable[[Event], None]
+HEAD = "head"
+"""Name of the part that holds a quantized output head."""
+HEAD_FORMATS = ("fewbits", "gptq", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class Job:
     @classmethod
     def check(cls, source: Source, plan: Plan, **rest: Any) -> Job:
         """Raises Refused or RequestError before any work when the plan cannot be carried out or stored."""
-        names = [e.name for e in entries_of(source)]
+        names = [e.name for e in entries_of(source)] + _head(source, plan)
         recipes = plan.assign(names)
         entries = entries_of(source, recipes)
         for e in entries:
@@ -100,7 +103,7 @@ class Job:
             kl = self._blocks(work)
             parts = self._outside(work)
             bpw = self._bits_per_weight()
-            events = work.events([f"block-{i:05d}" for i in range(self.source.n_blocks)])
+            events = work.events([p for p in parts if not p.startswith("outside-")])
             files = self._files(bpw, kl, events)
             assemble = getattr(self.layout, "assemble", storage.merge)
             size = work.publish(parts, files, self.source.copy_files(), assemble)
@@ -150,7 +153,18 @@ class Job:
             error = sum(e["error"] for e in block.events) / max(1, len(block.events))
             seconds = time.perf_counter() - began
             self.emit({"event": "block", "block": i, "blocks": n, "seconds": seconds, "error": error})
-        return probe.finish() if probe else None
+        head = self._quantize_head(work, walk, acts) if self.recipes.get(self.source.head_name) else None
+        return probe.finish(head) if probe else None
+
+    def _quantize_head(self, work: WorkDir, walk: Walk, acts: Acts | None) -> Tensor:
+        """Quantize the output head unless that is done; its weight as it was written."""
+        if not work.done(HEAD):
+            made = walk.head(acts)
+            work.write(HEAD, made.tensors, made.events)
+            for event in made.events:
+                self.emit(event)
+        stored = storage.Checkpoint.open(work.part(HEAD))
+        return walk.stored_head({k: stored.tensor(k) for k in stored.names()})
 
     def _replay(self, walk: Walk, i: int, acts: Acts | None, probe: Probe | None, part: Path) -> None:
         if acts is None:
@@ -187,7 +201,12 @@ class Job:
     def _outside(self, work: WorkDir) -> list[str]:
         """Everything that belongs to no block, one part per tensor; floats in the dtype of the plan."""
         parts = [f"block-{i:05d}" for i in range(self.source.n_blocks)]
+        head = self.source.head_name
+        if self.recipes.get(head):
+            parts.append(HEAD)
         for k, name in enumerate(self.source.outside()):
+            if name == f"{head}.weight" and HEAD in parts:
+                continue
             part = f"outside-{k:05d}"
             if not work.done(part):
                 work.write(part, self._stored(name), ())
@@ -254,6 +273,22 @@ class Job:
             raise FewbitsError(
                 f"disk full: {folder} has {free / 2**20:.0f} MiB free, this needs about {needed / 2**20:.0f} MiB"
             )
+
+
+def _head(source: Source, plan: Plan) -> list[str]:
+    """The output head, where a rule asks for it by its whole name: ``*`` alone leaves it in 16 bit."""
+    if source.head_name not in {rule.match for rule in plan.rules}:
+        return []
+    if source.tied:
+        raise RequestError(
+            f"{source.head_name} is the embedding itself in this model (tied weights): a quantized copy beside it "
+            "would make the checkpoint larger; leave it in 16 bit (drop --lm-head, or its rule)"
+        )
+    if plan.format not in HEAD_FORMATS:
+        raise RequestError(
+            f"format {plan.format!r} keeps {source.head_name} as it is; quantize it with {', '.join(HEAD_FORMATS)}"
+        )
+    return [source.head_name]
 
 
 @contextmanager

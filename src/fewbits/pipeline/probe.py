@@ -40,16 +40,19 @@ class Probe:
             self.hidden = self.walk.forward(self.walk.restored(i, stored), i, self.hidden)
 
     @one_thread()
-    def finish(self) -> dict[str, float]:
-        """KL(P‖Q) in nats per token, top-1 agreement, and both perplexities, over every scored token."""
+    def finish(self, head: Tensor | None = None) -> dict[str, float]:
+        """KL(P‖Q) in nats per token, top-1 agreement, and both perplexities, over every scored token. ``head`` is the
+        output head's weight as it was written, if that was quantized.
+        """
         tail = self.walk.source.tail()
+        other = tail if head is None else self.walk.source.tail(weight=head)
         total, agree, tokens, nll = 0.0, 0, 0, [0.0, 0.0]
         for row in range(len(self.ids)):
             for a in range(0, self.ids.shape[1] - 1, CHUNK):
                 target = self.ids[row, a + 1 : a + 1 + CHUNK]
                 b = a + len(target)
                 p = torch.log_softmax(tail(self.reference[row, a:b].float()), -1)
-                q = torch.log_softmax(tail(self.hidden[row, a:b].float()), -1)
+                q = torch.log_softmax(other(self.hidden[row, a:b].float()), -1)
                 total += float((p.exp() * (p - q)).sum())
                 agree += int((p.argmax(-1) == q.argmax(-1)).sum())
                 tokens += len(target)

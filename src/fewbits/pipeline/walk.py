@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fewbits.errors import FewbitsError
 from fewbits.formats import Entry, Layout
 from fewbits.grids import tied
-from fewbits.model import Site, Source, fold, get_weight, set_weight
+from fewbits.model import Experts, Site, Source, fold, get_weight, set_weight
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.forward import run
 from fewbits.plan import Plan, Recipe
@@ -87,6 +87,25 @@ class Walk:
             tensors |= self.layout.pack(names[local], q)
         return Block(tensors, events)
 
+    def head(self, acts: Acts | None) -> Block:
+        """Quantize the output head; ``acts`` have passed the last block."""
+        name = self.source.head_name
+        recipe = self.recipes[name]
+        assert recipe is not None
+        stats: dict[int, Stats] = {}
+        if acts is not None and recipe.solver.needs:
+            for b in range(len(acts)):
+                self._observe(stats, 0, self.source.before_head(acts[b]), recipe.solver.needs)
+        q, event = solve_one(get_weight(self.source.head()), recipe, stats.get(0))
+        return Block(
+            self.layout.pack(name, q), [{"event": "tensor", "block": self.source.n_blocks, "name": name} | event]
+        )
+
+    def stored_head(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """The weight of a finished head, float32."""
+        name = self.source.head_name
+        return self.layout.unpack(name, {k.removeprefix(f"{name}."): t for k, t in stored.items()}).dense()
+
     def replay(self, i: int, acts: Acts, stored: Mapping[str, Tensor]) -> None:
         """Move ``acts`` past a block that is already finished, exactly as :meth:`quantize` did."""
         self._advance(self.restored(i, stored), i, acts, (), lambda s, x: None, lambda s: None)
@@ -122,11 +141,14 @@ class Walk:
         solve: Callable[[int], None],
         keep: bool = True,
     ) -> None:
-        forwards = [lambda x=acts[b]: self._call(block, i, x) for b in range(len(acts))]
+        # A router mixes padding with what counts; its experts' products differ in length anyway.
+        padded = not any(isinstance(m, Experts) for m in block.modules())
+        read, cut = (acts.padded, acts.cut) if padded else (acts.__getitem__, lambda b, x: x)
+        forwards = [lambda b=b: self._call(block, i, read(b)) for b in range(len(acts))]
         # The greenlets stop inside autocast; what happens between their steps must not inherit it.
         plain = torch.autocast("cpu", enabled=False)
         with self._precision():
-            for batch, out in run(block, stages, forwards, plain(observe), plain(solve), self.waiting):
+            for batch, out in run(block, stages, forwards, plain(observe), plain(solve), self.waiting, cut):
                 if keep:
                     acts[batch] = out
 
@@ -226,14 +248,21 @@ def round_to(block: nn.Module, dtype: torch.dtype, quantized: set[str]) -> None:
 
 
 def entries_of(source: Source, recipes: Mapping[str, Recipe | None] | None = None) -> list[Entry]:
-    """Every linear weight of the blocks as the layouts see it, from headers alone."""
+    """Every linear weight of the blocks as the layouts see it, from headers alone; and the output head, where
+    ``recipes`` have it.
+    """
     found = []
+
+    def add(name: str, shape: tuple[int, int]) -> None:
+        recipe = recipes[name] if recipes else None
+        scattered = bool(recipe) and getattr(recipe.solver, "scatters", False)  # type: ignore[union-attr]
+        found.append(Entry(name, shape, recipe.grid if recipe else None, scattered))
+
     for i in range(source.n_blocks):
         block = source.skeleton(i)
         for local, module in source.linears(block).items():
-            name = source.disk_name(i, local)
             out, columns = get_weight(module).shape
-            recipe = recipes[name] if recipes else None
-            scattered = bool(recipe) and getattr(recipe.solver, "scatters", False)  # type: ignore[union-attr]
-            found.append(Entry(name, (int(out), int(columns)), recipe.grid if recipe else None, scattered))
+            add(source.disk_name(i, local), (int(out), int(columns)))
+    if recipes and source.head_name in recipes:
+        add(source.head_name, source.head_shape)
     return found

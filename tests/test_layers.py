@@ -14,6 +14,7 @@ LAYERS: dict[str, float] = {
     "errors": -1,
     "kernels": 0,
     "grids": 1,
+    "activations": 1,
     "tensor": 2,
     "stats": 2,
     "storage": 2,

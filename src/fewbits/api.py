@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fewbits import formats, methods
+from fewbits.activations import Activations, preset
 from fewbits.errors import RequestError
 from fewbits.grids import Grid
 from fewbits.model import Source
@@ -31,6 +32,8 @@ def quantize(
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    activations: str | Activations | None = None,
+    kv_cache: str | None = None,
     format: str | None = None,
     calibration: str | Path | Sequence[str] | None = None,
     samples: int = 128,
@@ -51,7 +54,10 @@ def quantize(
 
     ``source`` is a transformers directory or a hub id; ``grid`` a name of :data:`fewbits.grids.NAMED_GRIDS` or a grid
     in place of the method's; ``bits``, ``group_size`` and ``symmetric`` default to what the
-    method's paper uses (``group_size`` -1 is per channel); ``format`` is one of :data:`fewbits.formats.LAYOUTS`;
+    method's paper uses (``group_size`` -1 is per channel); ``activations`` is a scheme or the name of one
+    (:data:`fewbits.activations.PRESETS`; "none" leaves inputs alone), by default the method's; ``kv_cache``
+    ("int8", "fp8", ...) is written down for the reader; ``format`` is
+    one of :data:`fewbits.formats.LAYOUTS`;
     ``calibration`` a text file, texts, or the name of a fetched asset; ``max_memory`` bytes for activations;
     ``compute`` "bf16" or "fp32" for the forward passes; ``dtype`` in which everything that is not quantized is
     stored; ``lm_head`` quantizes the output head too, which a model with tied embeddings cannot. ``dry_run`` returns
@@ -79,6 +85,7 @@ def quantize(
         "compute": compute or default_compute(),
         "dtype": kept,
         "seed": seed,
+        "kv_cache": kv_cache,
     }
     if lm_head and (mixed or recipe is not None):
         raise RequestError(
@@ -91,14 +98,22 @@ def quantize(
         plan = mixture.plan(method, opened, **common)
     else:
         plan = methods.plan(method, bits, group_size, symmetric, grid, **common)
+    if activations is not None:
+        plan = plan.with_activations(_scheme(activations))
     if lm_head:
-        plan = dataclasses.replace(plan, rules=(Rule(opened.head_name, plan.rules[-1].recipe), *plan.rules))
+        plan = _with_head(plan, opened.head_name)
     plan = plan.with_scales(layout.scale_dtype or kept)
     rows, held_out = _rows(opened, plan, calibration)
     job = Job.check(
         opened, plan, rows=rows, held_out=held_out, max_memory=max_memory, emit=on_event or (lambda event: None)
     )
     return job if dry_run else job.run(Path(out), resume, overwrite)
+
+
+def _scheme(given: str | Activations) -> Activations | None:
+    if isinstance(given, Activations):
+        return given
+    return None if given == "none" else preset(given)
 
 
 def storage_dtype(source: Source) -> str:
@@ -111,6 +126,13 @@ def read_recipe(path: Path, common: dict[str, Any]) -> Plan:
     if not path.is_file():
         raise RequestError(f"{path} is not a file; give a recipe in YAML")
     return Plan.from_yaml(path.read_text(), common)
+
+
+def _with_head(plan: Plan, head: str) -> Plan:
+    """``plan`` with the output head quantized as everything else is; its input, the last hidden state, stays as it is."""
+    recipe = plan.rules[-1].recipe
+    own = None if recipe is None else dataclasses.replace(recipe, activations=None)
+    return dataclasses.replace(plan, rules=(Rule(head, own), *plan.rules))
 
 
 def _rows(source: Source, plan: Plan, spec: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -10,14 +10,16 @@ import difflib
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from fewbits.activations import PRESETS, Activations
 from fewbits.errors import RequestError
 from fewbits.grids import NAMED_GRIDS, Grid, Int, clip_ratios
 from fewbits.plan import Plan, Recipe, Rule
 from fewbits.solve import Exact, Nearest, Solver, Sweep
-from fewbits.transform import Awq, Transform
+from fewbits.transform import Awq, Smooth, Transform
 
 CLIP = clip_ratios(0.7, 13)
 BNB = "bitsandbytes"
+W8 = Int(8, -1, symmetric=True)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Method:
     solver: Solver
     transforms: tuple[Transform, ...] = ()
     format: str = "compressed-tensors"
+    activations: Activations | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -48,6 +51,30 @@ METHODS: dict[str, Method] = {
         Int(4, 128, ratios=CLIP),
         Sweep(order="activation", static=True),
         (Awq(),),
+    ),
+    "w8a8": Method("8-bit weights per channel, 8-bit inputs per token", W8, Nearest(), activations=PRESETS["int8"]),
+    "smoothquant": Method(
+        "outliers of the inputs migrated into the weights, then W8A8", W8, Nearest(), (Smooth(),), PRESETS["int8"]
+    ),
+    "smoothquant-static": Method(
+        "SmoothQuant with one calibrated scale per input",
+        W8,
+        Nearest(),
+        (Smooth(),),
+        PRESETS["int8-static"],
+    ),
+    "smoothquant+gptq": Method(
+        "SmoothQuant, then error feedback: W4A8",
+        Int(4, 128, symmetric=True, ratios=CLIP),
+        Sweep(order="activation", static=True),
+        (Smooth(),),
+        PRESETS["int8"],
+    ),
+    "llm.int8": Method(
+        "W8A8 vector-wise; input columns that reach 6.0 stay in 16 bits",
+        replace(W8, narrow=True),
+        Nearest(),
+        activations=replace(PRESETS["int8"], outliers=6.0),
     ),
     "obq": Method("exact greedy elimination (layers up to 1024 inputs)", Int(4, -1), Exact()),
     "fp8": Method("8-bit floats (E4M3), a scale per channel", NAMED_GRIDS["fp8"], Nearest()),
@@ -87,7 +114,9 @@ def plan(
     given = {"bits": bits, "group": group_size, "symmetric": symmetric}
     chosen = m.grid if grid is None else searched(named(grid), m.grid) if isinstance(grid, str) else grid
     chosen = altered(chosen, {k: v for k, v in given.items() if v is not None}, f"method {name!r}", grid)
-    return Plan(method=name, rules=(Rule("*", Recipe(chosen, m.solver)),), transforms=m.transforms, **rest)  # type: ignore[arg-type]
+    return Plan(
+        method=name, rules=(Rule("*", Recipe(chosen, m.solver, m.activations)),), transforms=m.transforms, **rest
+    )  # type: ignore[arg-type]
 
 
 def named(grid: str) -> Grid:

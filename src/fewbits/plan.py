@@ -17,22 +17,32 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from fewbits.activations import Activations, preset
 from fewbits.errors import RequestError
 from fewbits.grids import Block, Float, Grid, Int, Table, Vectorwise
 from fewbits.grids.uniform import SCALE_DTYPES
 from fewbits.solve import Exact, Nearest, Search, Solver, Sweep
-from fewbits.transform import Awq, Transform
+from fewbits.transform import Awq, Smooth, Transform
 
 KINDS: dict[str, type] = {"int": Int, "float": Float, "nearest": Nearest, "sweep": Sweep, "exact": Exact, "awq": Awq}
-KINDS |= {"table": Table, "vectorwise": Vectorwise, "block": Block, "search": Search}
+KINDS |= {"table": Table, "vectorwise": Vectorwise, "block": Block, "search": Search, "smooth": Smooth}
+KV_CACHES = ("int8", "int4", "int2", "fp8")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one weight is quantized: the numbers (``grid``) and how codes are chosen (``solver``)."""
+    """How one weight is quantized: the numbers (``grid``), how codes are chosen (``solver``), and what becomes of the
+    layer's inputs (``activations``; None leaves them as they are).
+    """
 
     grid: Grid
     solver: Solver
+    activations: Activations | None = None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that it reads."""
+        return self.solver.needs | (self.activations.needs if self.activations else frozenset())
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
         """Why the solver cannot work on the grid for a weight ``(out, in)``, known before any work; None if it can."""
@@ -71,6 +81,11 @@ class Plan:
     seed: int = 0
     outside: tuple[Rule, ...] = ()
     """Rules for weights outside the blocks (embedding, head), rounded without calibration; others stay dense."""
+    kv_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kv_cache not in (None, *KV_CACHES):
+            raise RequestError(f"KV cache {self.kv_cache!r} is unknown; allowed: {', '.join(KV_CACHES)}")
 
     def assign(self, names: Sequence[str]) -> dict[str, Recipe | None]:
         """The recipe of each weight. Raises RequestError for a weight without rule or a rule that matches nothing."""
@@ -89,8 +104,8 @@ class Plan:
     @property
     def needs(self) -> frozenset[str]:
         """Statistics that some rule or transform reads."""
-        solvers = (r.recipe.solver.needs for r in self.rules if r.recipe)
-        return frozenset().union(*solvers, *(t.needs for t in self.transforms))
+        recipes = (r.recipe.needs for r in self.rules if r.recipe)
+        return frozenset().union(*recipes, *(t.needs for t in self.transforms))
 
     def with_scales(self, dtype: str) -> Plan:
         """The same plan with every scale of 16 or 32 bits stored in ``dtype``; smaller ones are what their grid is."""
@@ -101,6 +116,11 @@ class Plan:
             return dataclasses.replace(recipe, grid=dataclasses.replace(recipe.grid, scale=dtype))  # type: ignore[type-var]
 
         return dataclasses.replace(self, rules=tuple(Rule(r.match, stored(r.recipe)) for r in self.rules))
+
+    def with_activations(self, scheme: Activations | None) -> Plan:
+        """The same plan with the inputs of every quantized layer quantized by ``scheme``."""
+        rules = (Rule(r.match, r.recipe and dataclasses.replace(r.recipe, activations=scheme)) for r in self.rules)
+        return dataclasses.replace(self, rules=tuple(rules))
 
     def to_yaml(self) -> str:
         """The plan as YAML; ``Plan.from_yaml`` gives it back."""
@@ -168,4 +188,16 @@ def _build(cls: type, fields: dict[str, Any], kind: str) -> Any:
 
 
 def _recipe(data: Any) -> Recipe | None:
-    return None if data is None else Recipe(grid=from_data(data["grid"]), solver=from_data(data["solver"]))
+    if data is None:
+        return None
+    if unknown := sorted(set(data) - {"grid", "solver", "activations"}):
+        raise RequestError(f"a recipe has no {unknown[0]!r}; allowed: grid, solver, activations")
+    return Recipe(from_data(data["grid"]), from_data(data["solver"]), _activations(data.get("activations")))
+
+
+def _activations(data: Any) -> Activations | None:
+    """A preset's name or a mapping of options."""
+    if data is None or isinstance(data, str):
+        return data if data is None else preset(data)
+    found: Activations = _build(Activations, data, "activations")
+    return found

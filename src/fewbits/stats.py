@@ -13,26 +13,32 @@ import torch
 from torch import Tensor
 
 from fewbits import kernels
+from fewbits.activations import BINS, histogram
 from fewbits.errors import RequestError
 
 
 @dataclass
 class Stats:
-    """Sums over ``count`` tokens, float32: ``gram [in, in]``; ``abssum [in]`` and ``absmax [in]`` unless left out."""
+    """Sums over ``count`` tokens, float32: ``gram [in, in]``; ``abssum [in]`` and ``absmax [in]`` unless left out.
+
+    ``histogram`` int64 ``[BINS]`` counts magnitudes over all channels, when it was asked for.
+    """
 
     gram: Tensor
     abssum: Tensor | None
     absmax: Tensor | None
     count: int = 0
+    histogram: Tensor | None = None
 
     @classmethod
     def empty(cls, columns: int, needs: frozenset[str] = frozenset({"gram", "abs"})) -> Stats:
-        """Nothing observed yet. Without "abs" in ``needs`` only the gram matrix is gathered, which is faster."""
+        """Nothing observed yet. The gram matrix is always gathered; "abs" and "histogram" only when in ``needs``."""
         magnitudes = "abs" in needs
         return cls(
             torch.zeros(columns, columns),
             torch.zeros(columns) if magnitudes else None,
             torch.zeros(columns) if magnitudes else None,
+            histogram=torch.zeros(BINS, dtype=torch.int64) if "histogram" in needs else None,
         )
 
     def update(self, x: Tensor) -> None:
@@ -44,6 +50,8 @@ class Stats:
             a = x.abs().float()
             self.abssum += a.sum(0)
             self.absmax = torch.maximum(self.absmax, a.amax(0))
+        if self.histogram is not None:
+            self.histogram += histogram(x)
 
     def __add__(self, other: Stats) -> Stats:
         def both(f: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -54,6 +62,7 @@ class Stats:
             both(torch.add, self.abssum, other.abssum),
             both(torch.maximum, self.absmax, other.absmax),
             self.count + other.count,
+            both(torch.add, self.histogram, other.histogram),
         )
 
     @property
@@ -68,7 +77,10 @@ class Stats:
         return bool(torch.isfinite(self.gram.diagonal()).all())
 
     def scaled(self, s: Tensor) -> Stats:
-        """The statistics of ``x * s``: what a diagonal map does to them without a second forward pass."""
+        """The statistics of ``x * s``: what a diagonal map does to them without a second forward pass.
+
+        A histogram over all channels cannot follow a map of each: it is dropped.
+        """
         a = s.abs()
         abssum, absmax = (None if t is None else t * a for t in (self.abssum, self.absmax))
         return Stats(self.gram * s[:, None] * s, abssum, absmax, self.count)

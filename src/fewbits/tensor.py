@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fewbits.activations import Inputs
 from fewbits.grids import Grid, Params
 
 
@@ -23,7 +24,7 @@ class Residual(Protocol):
 
 @dataclass(frozen=True)
 class Quantized:
-    """Codes on a grid, their parameters, and what stays off the grid.
+    """Codes on a grid, their parameters, what stays off the grid, and how the layer's ``inputs`` are quantized, if so.
 
     The following hold:
       * ``codes.shape == (out, in)`` for scalar grids
@@ -36,6 +37,7 @@ class Quantized:
     params: Params
     residual: Residual | None = None
     meta: Mapping[str, float] = field(default_factory=dict, compare=False)
+    inputs: Inputs | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         settle = getattr(self.grid, "settle", None)

@@ -22,6 +22,9 @@ def command(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="What both models compute in; default float32.")] = None,
     batch: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
+    kv_cache: Annotated[
+        str | None, typer.Option(metavar="G", help="MODEL reads keys and values of few bits: int8, int4, int2, fp8.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -36,7 +39,7 @@ def command(
     from fewbits.evaluate import evaluate
 
     with Progress("evaluating", "window", "windows") as progress:
-        found = evaluate(model, text, ctx, windows, reference, dtype, batch, on_event=progress).to_json()
+        found = evaluate(model, text, ctx, windows, reference, dtype, batch, kv_cache, on_event=progress).to_json()
     report(found)
     if as_json:
         emit(found)
@@ -66,5 +69,8 @@ def report(found: dict[str, Any]) -> None:
                 name, number(found[key], digits), " .. ".join(number(x, digits) for x in low_high) if low_high else ""
             )
     table.add_row("bits per weight (linear layers)", number(found["bits_per_weight"], 3), "")
+    if found["kv_cache"]:
+        sizes = (found["kv_bytes_per_token"], found["kv_bytes_per_token_16bit"])
+        table.add_row(f"{found['kv_cache']} KV cache, bytes per token", "{:.0f} (16 bits: {:.0f})".format(*sizes), "")
     table.add_row("size", human(found["size_bytes"]), "")
     console().print(table)

@@ -21,6 +21,9 @@ def command(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     dtype: Annotated[str | None, typer.Option(help="What the model computes in; default: its own.")] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(metavar="G", help="Keys and values in few bits: int8, int4, int2, fp8.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -40,13 +43,15 @@ def command(
     if not text:
         raise RequestError("the prompt is empty; give some text")
     started = time.perf_counter()
+    check_cache(kv_cache)
     loaded, tokenizer = load(model, dtype)
+    cache = make_cache(loaded, kv_cache)
     ids = encode(tokenizer, text, chat)
     ready = time.perf_counter()
     stream = sys.stderr if as_json else sys.stdout
     if not chat:
         stream.write(text)
-    new = decode(loaded, tokenizer, ids, (max_tokens, temperature, seed), stream)
+    new = decode(loaded, tokenizer, ids, (max_tokens, temperature, seed), stream, cache)
     seconds = time.perf_counter() - ready
     stderr(
         f"[loaded in {ready - started:.1f} s, {len(new)} tokens in {seconds:.1f} s, {len(new) / seconds:.1f} tokens/s]"
@@ -62,7 +67,25 @@ def command(
                 "seconds": seconds,
                 "tokens_per_s": len(new) / seconds,
             }
+            | ({} if cache is None else {"kv_cache": kv_cache, "kv_cache_bytes": cache.nbytes})
         )
+
+
+def check_cache(kind: str | None) -> None:
+    """RequestError for a cache that does not exist, before the model is loaded."""
+    if kind is not None:
+        from fewbits.runtime.kvcache import scheme
+
+        scheme(kind)
+
+
+def make_cache(model: Any, kind: str | None) -> Any:
+    """An empty cache of that kind; None for the usual one."""
+    if kind is None:
+        return None
+    from fewbits.runtime.kvcache import QuantizedCache
+
+    return QuantizedCache(model.config, kind)
 
 
 def load(model: str, dtype: str | None) -> tuple[Any, Any]:
@@ -93,7 +116,9 @@ def encode(tokenizer: Any, text: str, chat: bool) -> Any:
     ]
 
 
-def decode(model: Any, tokenizer: Any, ids: Any, how: tuple[int, float, int], stream: Any) -> list[int]:
+def decode(
+    model: Any, tokenizer: Any, ids: Any, how: tuple[int, float, int], stream: Any, cache: Any = None
+) -> list[int]:
     """New token ids, written to ``stream`` as they come."""
     import torch
     from transformers import TextStreamer
@@ -110,4 +135,4 @@ def decode(model: Any, tokenizer: Any, ids: Any, how: tuple[int, float, int], st
     streamer = Stream(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return generate(model, ids, max_tokens, temperature, streamer)
+    return generate(model, ids, max_tokens, temperature, streamer, cache)

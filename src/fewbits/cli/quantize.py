@@ -29,6 +29,14 @@ def command(
     lm_head: Annotated[
         bool, typer.Option("--lm-head", help="Quantize the output head too, where it is not the embedding itself.")
     ] = False,
+    activations: Annotated[
+        str | None,
+        typer.Option(metavar="G", help="Inputs too: int8, int8-static, fp8, fp8-static, int4, nvfp4, mxfp4, none."),
+    ] = None,
+    kv_cache: Annotated[
+        str | None,
+        typer.Option(metavar="G", help="What readers should keep keys and values in: int8, fp8, int4, int2."),
+    ] = None,
     format: Annotated[str | None, typer.Option(help="fewbits, gptq, awq, bitsandbytes, gguf, ...")] = None,
     calibration: Annotated[
         str | None, typer.Option(metavar="SPEC", help="Text file, or a fetched text: c4, wiki, code.")
@@ -88,6 +96,8 @@ def command(
         "group_size": group_size,
         "symmetric": symmetric,
         "lm_head": lm_head,
+        "activations": activations,
+        "kv_cache": kv_cache,
         "format": format,
         "calibration": calibration,
         "samples": samples,

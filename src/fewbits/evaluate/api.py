@@ -30,6 +30,7 @@ def evaluate(
     reference: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
     batch: int = 1,
+    kv_cache: str | None = None,
     on_event: OnEvent | None = None,
 ) -> Evaluation:
     """Perplexity of the model at ``path`` and its KL divergence from ``reference`` on the first windows of ``text``.
@@ -37,13 +38,14 @@ def evaluate(
     ``path`` and ``reference`` are dense or quantized checkpoints. ``text`` is a UTF-8 file or the name of a fetched
     text; None takes ``wikitext2``. ``dtype`` is what both models compute in, so that KL measures quantization and
     nothing else: None is float32 on a CPU. ``batch`` windows go through a model at once. The reference is run first;
-    only its hidden states and its output embedding are kept while the second model runs.
+    only its hidden states and its output embedding are kept while the second model runs. ``kv_cache`` ("int8", "int4",
+    "int2", "fp8") makes the model at ``path``, not the reference, read its past from a quantized cache.
 
     Raises RequestError for a missing or short text, a ``ctx`` beyond the model's positions, or tokenizers that differ;
     CheckpointError for damaged files.
     """
     started = time.perf_counter()
-    run = _Run(ctx, windows, max(1, batch), _dtype(dtype), on_event or (lambda event: None))
+    run = _Run(ctx, windows, max(1, batch), _dtype(dtype), on_event or (lambda event: None), _cache(kv_cache))
     name = "wikitext2" if text is None else text
     content = texts.read(name)
     if reference is None:
@@ -62,23 +64,35 @@ def evaluate(
             "seconds": time.perf_counter() - started,
             "size_bytes": facts and facts.size_bytes,
             "bits_per_weight": facts and facts.bits_per_weight,
-        },
+        }
+        | run.cache_facts,
     )
+
+
+def _cache(kind: str | None) -> str | None:
+    if kind is not None:
+        from fewbits.runtime.kvcache import scheme
+
+        scheme(kind)
+    return kind
 
 
 class _Run:
     """One evaluation: the settings that both models share."""
 
-    def __init__(self, ctx: int, windows: int, batch: int, dtype: torch.dtype, tell: OnEvent):
+    def __init__(self, ctx: int, windows: int, batch: int, dtype: torch.dtype, tell: OnEvent, kv_cache: str | None):
+        self.kv_cache = kv_cache
+        self.cache_facts: dict[str, Any] = {"kv_cache": kv_cache}
         self.ctx, self.windows, self.batch, self.dtype, self.tell = ctx, windows, batch, dtype, tell
 
     def alone(self, path: str | Path, content: str) -> Tensor:
         """NLL, float64 ``[windows * (ctx - 1)]``."""
         model, _, ids = self._open(path, content)
         body, head = hiddens.split(model, ids[0])
+        self._measure(model)
         found = []
         for _, some in self._walk(ids, "model"):
-            for row, h in zip(some, hiddens.states(body, some), strict=True):
+            for row, h in zip(some, hiddens.states(body, some, self.kv_cache), strict=True):
                 found.append(score.losses(h[:-1], head, row[1:]))
         return torch.cat(found)
 
@@ -105,11 +119,22 @@ class _Run:
                 f"{path} and its reference tokenize the text differently; give the model that it was made from"
             )
         body, head_q = hiddens.split(model, ids[0])
+        self._measure(model)
         found = []
         for first, some in self._walk(ids, "model"):
-            for i, (row, h) in enumerate(zip(some, hiddens.states(body, some), strict=True)):
+            for i, (row, h) in enumerate(zip(some, hiddens.states(body, some, self.kv_cache), strict=True)):
                 found.append(score.compare((kept[first + i][:-1], head_p), (h[:-1], head_q), row[1:]))
         return torch.cat(found, 1)
+
+    def _measure(self, model: Any) -> None:
+        """Sizes of the quantized cache for the report."""
+        if self.kv_cache is not None:
+            from fewbits.runtime.kvcache import bytes_per_token
+
+            self.cache_facts |= {
+                "kv_bytes_per_token": bytes_per_token(model.config, self.kv_cache),
+                "kv_bytes_per_token_16bit": bytes_per_token(model.config, None),
+            }
 
     def _walk(self, ids: Tensor, which: str) -> Any:
         for first, some in hiddens.batches(ids, self.batch):

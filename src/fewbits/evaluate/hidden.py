@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fewbits.errors import CheckpointError, FewbitsError, RequestError
 
 _IN_MEMORY = 256 << 20  # bytes of hidden states above which they go to a memory-mapped file
+STEP = 64  # tokens at a time through a quantized cache: what is older is read from it
 _PROBE = 16  # tokens on which body and head are checked against the model itself
 
 
@@ -93,12 +94,25 @@ def _gap(ours: Tensor, own: Tensor) -> str:
 
 
 @torch.inference_mode()
-def states(body: nn.Module, ids: Tensor) -> Tensor:
-    """Hidden states ``[B, T, d]`` that enter the output embedding, for ids ``[B, T]``, in the model's dtype."""
+def states(body: nn.Module, ids: Tensor, kv_cache: str | None = None) -> Tensor:
+    """Hidden states ``[B, T, d]`` that enter the output embedding, for ids ``[B, T]``, in the model's dtype.
+
+    With a quantized ``kv_cache`` tokens go through the model ``STEP`` at a time, so that each reads its past from the
+    cache as it would while generating.
+    """
     record: Any = body.get_output_embeddings()  # type: ignore[operator]
-    body(input_ids=ids, use_cache=False)
-    seen, record.seen = record.seen, None
-    return seen
+    if kv_cache is None:
+        body(input_ids=ids, use_cache=False)
+        seen, record.seen = record.seen, None
+        return seen
+    from fewbits.runtime.kvcache import QuantizedCache
+
+    cache, found = QuantizedCache(body.config, kv_cache), []
+    for some in ids.split(STEP, 1):
+        body(input_ids=some, past_key_values=cache, use_cache=True)
+        found.append(record.seen)
+        record.seen = None
+    return torch.cat(found, 1)
 
 
 class Store:

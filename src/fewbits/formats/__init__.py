@@ -6,12 +6,12 @@ To write: ``layout = writer("gptq", entries)``, then ``layout.pack`` for every m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from fewbits.errors import Refused, RequestError
-from fewbits.formats import common
+from fewbits.formats import common, inputs
 from fewbits.formats.awq import AWQ
 from fewbits.formats.base import Entry, Layout, Refusal
 from fewbits.formats.bitsandbytes import BitsAndBytes
@@ -65,10 +65,33 @@ def modules(names: Iterable[str], layout: Layout) -> dict[str, tuple[str, ...]]:
 def require(layout: Layout, entries: Sequence[Entry]) -> None:
     """Raise Refused when ``layout`` cannot store the entries, with every reason and the modules that it concerns."""
     reasons: dict[str, list[str]] = {}
-    for refusal in layout.check(entries):
+    for refusal in [*layout.check(entries), *_inputs(layout, entries)]:
         reasons.setdefault(refusal.reason, []).append(refusal.name)
     if reasons:
         raise Refused(layout.name, dict(reasons))
+
+
+def _inputs(layout: Layout, entries: Sequence[Entry]) -> Iterator[Refusal]:
+    """Why the inputs of layers cannot be quantized as planned."""
+    takes = getattr(layout, "activations", None)
+    for e in entries:
+        if e.grid is None or e.activations is None:
+            continue
+        if takes is None:
+            yield Refusal(e.name, "it stores weights only; use format compressed-tensors or fewbits for activations")
+        elif reason := e.activations.refusal(e.shape[1]) or takes(e):
+            yield Refusal(e.name, reason)
+
+
+def with_cache(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
+    """``quantization_config`` that also says of what kind the KV cache should be: ``kv_cache`` in ours,
+    ``kv_cache_scheme`` where compressed-tensors can say it (8 bits).
+    """
+    if kind is None:
+        return config
+    if "kv_cache_scheme" in config:
+        return config | {"kv_cache_scheme": inputs.kv_cache_scheme(kind)}
+    return config | {"kv_cache": kind} if config.get("quant_method") == "fewbits" else config
 
 
 def detect(quantization_config: Mapping[str, Any]) -> Layout:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+from fewbits.activations import Activations
 from fewbits.grids import Grid
 from fewbits.tensor import Quantized
 
@@ -21,7 +22,7 @@ class Entry:
 
     ``name`` is the module's path in the checkpoint (``model.layers.0.self_attn.q_proj``), ``shape`` is ``(out, in)``,
     ``grid`` None means that the weight stays dense, ``scattered`` that groups are not consecutive columns (``g_idx``),
-    ``residual`` names the kind of part that stays off the grid, if any.
+    ``residual`` names the kind of part that stays off the grid, if any; ``activations`` is what becomes of the inputs.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Entry:
     grid: Grid | None
     scattered: bool = False
     residual: str | None = None
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""compressed-tensors, as vLLM and transformers read it. Floating-point grids lie as ``ct_float.py`` says; integers are
-"pack-quantized", codes packed along the inputs:
+"""compressed-tensors, as vLLM and transformers read it. Floating-point grids lie as ``ct_float.py`` says, 8 bits with
+quantized inputs as ``ct_int.py`` says; other integers are "pack-quantized", codes packed along the inputs:
 
     weight_packed      int32 [out, ceil(in*b/32)]   code, least significant first
     weight_shape       int64 [2]                    (out, in)
     weight_scale       [out, G] or [1]              in the model's dtype
     weight_zero_point  int32 [ceil(out*b/32), G]    packed along the outputs; int8 [1] per tensor; absent when symmetric
+    input_scale        [1]                          for inputs with a static scale
 
 The definition is signed, ``(q - zp) * scale`` with ``q = code - 2**(b-1)``, and the stored integers add ``2**(b-1)``
 again: what lies on disk is the unsigned code and the unsigned zero point. The per-tensor zero point alone is signed.
@@ -21,8 +22,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fewbits.activations import Activations
 from fewbits.errors import CheckpointError, RequestError
-from fewbits.formats import bitpack, common, ct_float
+from fewbits.formats import bitpack, common, ct_float, ct_int, inputs
 from fewbits.formats.base import Entry, Refusal
 from fewbits.grids import Float, Int, groups_of
 from fewbits.tensor import Quantized
@@ -31,21 +33,25 @@ from fewbits.tensor import Quantized
 BITS = (2, 3, 4, 8)
 _STRATEGIES = ("tensor", "channel", "group")
 PACKED, MIXED = "pack-quantized", "mixed-precision"
-FORMATS = (PACKED, *ct_float.FORMS)
+FORMATS = (PACKED, ct_int.FORMAT, *ct_float.FORMS)
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a config_group says: the weights' grid, and how the weights lie on disk."""
+    """What a config_group says: the weights' grid, what becomes of the inputs, and how the weights lie on disk."""
 
     grid: Int | Float
+    inputs: Activations | None
     format: str
 
     @classmethod
-    def of(cls, grid: Int | Float) -> Scheme:
-        """The one in which weights on ``grid`` are written."""
-        form = ct_float.form_of(grid) if isinstance(grid, Float) else PACKED
-        return cls(common.stored(grid), form or PACKED)
+    def of(cls, grid: Int | Float, activations: Activations | None) -> Scheme:
+        """The one in which such a layer is written."""
+        if isinstance(grid, Float):
+            form = ct_float.form_of(grid) or PACKED
+        else:
+            form = ct_int.FORMAT if ct_int.takes(grid) and activations is not None else PACKED
+        return cls(common.stored(grid), None if activations is None else inputs.stored(activations), form)
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,17 @@ class CompressedTensors:
     scale_dtype: ClassVar[str | None] = None
     suffixes: ClassVar[frozenset[str]] = frozenset(
         {"weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
-        | {"weight_global_scale"}
+        | {"weight_global_scale", "input_scale"}
     )
 
     def check(self, entries: Sequence[Entry]) -> list[Refusal]:
         floats = [e for e in entries if isinstance(e.grid, Float)]
         found = common.refusals([e for e in entries if not isinstance(e.grid, Float)], _reasons)
         return found + common.refusals(floats, ct_float.reasons, Float)
+
+    def activations(self, e: Entry) -> str | None:
+        """Why the inputs of an entry cannot be described."""
+        return None if e.activations is None else inputs.refusal(e.activations)
 
     def pack(self, name: str, q: Quantized) -> dict[str, Tensor]:
         """See the file's head. Raises RequestError when ``q`` is not what :meth:`check` let through."""
@@ -76,7 +86,10 @@ class CompressedTensors:
         if reasons := list(_reasons(Entry(name, q.shape, grid, "g_idx" in q.params), grid)):
             raise RequestError(f"{name}: format compressed-tensors cannot store it: {reasons[0]}")
         scale = q.params["scale"].contiguous()
-        found = {
+        static = inputs.scale_of(name, q.inputs, scale.dtype)
+        if Scheme.of(grid, None if q.inputs is None else q.inputs.scheme).format == ct_int.FORMAT:
+            return ct_int.pack(name, q, grid) | static
+        found = static | {
             f"{name}.weight_packed": bitpack.pack(q.codes, grid.bits),
             f"{name}.weight_scale": scale.reshape(1) if grid.rows == -1 else scale,
             f"{name}.weight_shape": torch.tensor(q.shape, dtype=torch.int64),
@@ -87,9 +100,12 @@ class CompressedTensors:
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor]) -> Quantized:
         scheme = self._scheme(name)
+        return replace(self._weight(name, tensors, scheme), inputs=inputs.input_scale(name, tensors, scheme.inputs))
+
+    def _weight(self, name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> Quantized:
         if isinstance(scheme.grid, Float):
             return ct_float.unpack(name, tensors, scheme.grid)
-        return _unpack(name, tensors, scheme.grid)
+        return (ct_int.unpack if scheme.format == ct_int.FORMAT else _unpack)(name, tensors, scheme.grid)
 
     def _scheme(self, name: str) -> Scheme:
         for target, scheme in self.schemes:
@@ -102,7 +118,7 @@ class CompressedTensors:
         raise CheckpointError(f"{name} is packed, but no config_group of quantization_config targets it")
 
     def config(self, entries: Sequence[Entry]) -> dict[str, Any]:
-        schemes = {e.name: Scheme.of(e.grid) for e in entries if isinstance(e.grid, (Int, Float))}
+        schemes = {e.name: Scheme.of(e.grid, e.activations) for e in entries if isinstance(e.grid, (Int, Float))}
         usual = next((s for s, _ in Counter(schemes.values()).most_common(1)), None)
         others = [s for s in dict.fromkeys(schemes.values()) if s != usual]
         groups = [_describe(s, [n for n in schemes if schemes[n] == s]) for s in others]
@@ -123,7 +139,7 @@ class CompressedTensors:
         # transformers (5.23 with compressed-tensors 0.20) prepares packed modules without packing their zero points and
         # cannot load affine ones; MX and NVFP4 weights it makes bfloat16 even in models of another dtype, which then do
         # not run. It can dequantize both kinds while loading. vLLM passes over this key.
-        return found | {"dequantize": True} if any(_awkward(s.grid) for s in schemes.values()) else found
+        return found | {"dequantize": True} if any(_awkward(s) for s in schemes.values()) else found
 
     def files(self, entries: Sequence[Entry]) -> dict[str, str]:
         return {}
@@ -141,11 +157,13 @@ class CompressedTensors:
                     f"quantization_config: config_group {str(label)[:80]!r} has no weights that can be read"
                 )
             own = common.setting(group, ("format",), lambda v: v in FORMATS, form)
-            common.setting(group, ("input_activations", "output_activations"), lambda v: not v, None)
+            common.setting(group, ("output_activations",), lambda v: not v, None)
+            described = common.setting(group, ("input_activations",), lambda v: isinstance(v, Mapping), None)
             targets = group.get("targets")
             if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
                 raise CheckpointError(f"quantization_config: config_group {str(label)[:80]!r} has no list of targets")
-            scheme = Scheme(_grid(own, label, group["weights"]), own)
+            taken = None if described is None else inputs.from_foreign(described)
+            scheme = Scheme(_grid(own, label, group["weights"]), taken, own)
             schemes += [(target, scheme) for target in targets]
         return cls(tuple(sorted(schemes, key=lambda s: _specific(s[0]))))
 
@@ -184,12 +202,13 @@ def _reasons(e: Entry, grid: Int) -> Iterator[str]:
         yield common.indivisible(e.shape[1], grid.group)
 
 
-def _describe(scheme: Scheme, targets: list[str], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A config_group; ``inputs`` is its ``input_activations``."""
+def _describe(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    """A config_group."""
     grid = scheme.grid
     weights = ct_float.describe(grid) if isinstance(grid, Float) else _weights(grid)
-    found = {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}
-    return found if scheme.format == PACKED and inputs is None else found | {"format": scheme.format}
+    taken = None if scheme.inputs is None else inputs.to_foreign(scheme.inputs)
+    found = {"targets": targets, "weights": weights, "input_activations": taken, "output_activations": None}
+    return found if scheme.format == PACKED and taken is None else found | {"format": scheme.format}
 
 
 def _weights(grid: Int) -> dict[str, Any]:
@@ -204,14 +223,16 @@ def _weights(grid: Int) -> dict[str, Any]:
     }
 
 
-def _awkward(grid: Int | Float) -> bool:
-    return not grid.symmetric if isinstance(grid, Int) else grid.scale not in common.SCALES.values()
+def _awkward(s: Scheme) -> bool:
+    if isinstance(s.grid, Float):
+        return s.grid.scale not in common.SCALES.values()
+    return not s.grid.symmetric and s.format == PACKED
 
 
 def _grid(form: str, label: object, weights: Mapping[str, Any]) -> Int | Float:
     if form == MIXED:
         raise CheckpointError(f"quantization_config: config_group {str(label)[:80]!r} does not say its format")
-    return _parse(weights) if form == PACKED else ct_float.parse(weights, form)
+    return _parse(weights) if form in (PACKED, ct_int.FORMAT) else ct_float.parse(weights, form)
 
 
 def _parse(weights: Mapping[str, Any]) -> Int:

@@ -5,7 +5,9 @@ int32 words, one continuous bitstream per row, least significant first: ``[out, 
 ``b`` bits are one bitstream over all their values, row by row; others lie as they are.
 
 ``quantization_config``: ``{"quant_method": "fewbits", "fewbits_version": 1, "groups": [{"grid": {"type": "Int", ...},
-"modules": {name: [out, in]}}]}``. Shapes stand there, so that a model can be built before a tensor is read.
+"modules": {name: [out, in]}}]}``; a group whose layers quantize their inputs has ``"activations"`` too, and its
+modules ``<module>.input_scale`` float32 ``[1]`` when that scale is static. Shapes
+stand there, so that a model can be built before a tensor is read.
 
 A new grid is one more :class:`Kind` in ``KINDS``; a residual will be one more group of tensors.
 """
@@ -20,8 +22,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fewbits.activations import Activations
 from fewbits.errors import CheckpointError, RequestError
-from fewbits.formats import bitpack, common
+from fewbits.formats import bitpack, common, inputs
 from fewbits.formats.base import Entry, Refusal
 from fewbits.grids import Float, Grid, Int, Table, Vectorwise, groups_of
 from fewbits.grids.double import BLOCK
@@ -86,7 +89,9 @@ def _no_reasons(g: Grid, shape: tuple[int, int]) -> Iterator[str]:
 
 
 KINDS: dict[str, Kind] = {
-    "Int": Kind(Int, ("bits", "group", "rows", "symmetric", "scale"), lambda g: g.bits, _int_params, _int_reasons),
+    "Int": Kind(
+        Int, ("bits", "group", "rows", "symmetric", "scale", "narrow"), lambda g: g.bits, _int_params, _int_reasons
+    ),
     "Float": Kind(
         Float, ("element", "group", "rows", "scale"), lambda g: g.bits, _float_params, lambda g, shape: iter(())
     ),
@@ -97,21 +102,29 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True)
 class Fewbits:
-    """``modules``: name, grid and shape ``(out, in)`` of each; empty for an instance that only packs."""
+    """``modules``: name, grid and shape ``(out, in)`` of each; empty for an instance that only packs. ``schemes``: name
+    and scheme of those whose inputs are quantized.
+    """
 
     modules: tuple[tuple[str, Any, tuple[int, int]], ...] = ()
+    schemes: tuple[tuple[str, Activations], ...] = ()
 
     name: ClassVar[str] = "fewbits"
     scale_dtype: ClassVar[str | None] = "float16"
     suffixes: ClassVar[frozenset[str]] = frozenset(
-        {"codes", "scale", "zero", "g_idx", "global", "absmax", "nested", "offset"}
+        {"codes", "scale", "zero", "g_idx", "global", "absmax", "nested", "offset", "input_scale"}
     )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_by_name", {name: (grid, shape) for name, grid, shape in self.modules})
+        object.__setattr__(self, "_inputs", dict(self.schemes))
 
     def check(self, entries: Sequence[Entry]) -> list[Refusal]:
         return [Refusal(e.name, reason) for e in entries if e.grid is not None for reason in _reasons(e)]
+
+    def activations(self, e: Entry) -> str | None:
+        """Nothing that it cannot describe."""
+        return None
 
     def pack(self, name: str, q: Quantized) -> dict[str, Tensor]:
         """See the file's head. Raises RequestError for grids not in ``KINDS`` and for parameters that do not fit."""
@@ -133,7 +146,7 @@ class Fewbits:
             found[f"{name}.{key}"] = p.contiguous() if spec.bits is None else bitpack.pack(p.reshape(-1), spec.bits)
         if extra := set(q.params) - set(specs):
             raise RequestError(f"{name}: format fewbits does not know the parameters {', '.join(sorted(extra))}")
-        return found
+        return found | inputs.scale_of(name, q.inputs)
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor]) -> Quantized:
         grid, shape = self.find(name)
@@ -146,7 +159,8 @@ class Fewbits:
                 params[key] = _load(name, tensors, key, spec)
         if "g_idx" in params:
             params |= {"g_idx": _checked(name, params["g_idx"], groups_of(shape[1], grid.period))}
-        return Quantized(grid, bitpack.unpack(packed, bits, count), params)
+        taken = inputs.input_scale(name, tensors, self._inputs.get(name))  # type: ignore[attr-defined]
+        return Quantized(grid, bitpack.unpack(packed, bits, count), params, inputs=taken)
 
     def find(self, name: str) -> tuple[Any, tuple[int, int]]:
         """Grid and shape of a module. Raises CheckpointError when the configuration does not have it."""
@@ -159,8 +173,10 @@ class Fewbits:
         groups: dict[str, dict[str, Any]] = {}
         for e in entries:
             if e.grid is not None:
-                described = _describe(e.grid)
-                group = groups.setdefault(repr(described), {"grid": described, "modules": {}})
+                described: dict[str, Any] = {"grid": _describe(e.grid)}
+                if e.activations is not None:
+                    described["activations"] = inputs.describe(e.activations)
+                group = groups.setdefault(repr(described), described | {"modules": {}})
                 group["modules"][e.name] = list(e.shape)
         found = {"quant_method": "fewbits", "fewbits_version": VERSION, "writer": common.writer()}
         return found | {"groups": list(groups.values())}
@@ -178,7 +194,8 @@ class Fewbits:
         groups = config.get("groups")
         if not isinstance(groups, list):
             raise CheckpointError("quantization_config has no list of groups; the configuration is damaged")
-        return cls(tuple(module for group in groups for module in _modules(group)))
+        modules = tuple(module for group in groups for module in _modules(group))
+        return cls(modules, tuple(scheme for group in groups for scheme in _schemes(group)))
 
 
 def _reasons(e: Entry) -> Iterator[str]:
@@ -207,6 +224,12 @@ def _modules(group: Any) -> Iterator[tuple[str, Any, tuple[int, int]]]:
                 f"quantization_config gives {str(name)[:200]} the shape {str(shape)[:80]}, which cannot be"
             )
         yield name, grid, (shape[0], shape[1])
+
+
+def _schemes(group: Mapping[str, Any]) -> Iterator[tuple[str, Activations]]:
+    if "activations" in group:
+        scheme = inputs.parse(group["activations"])
+        yield from ((name, scheme) for name in group["modules"])
 
 
 def _grid(described: Any) -> Any:

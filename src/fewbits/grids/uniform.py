@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fewbits import kernels
 from fewbits.errors import RequestError
-from fewbits.grids.base import Params, group_index, groups_of, spread
+from fewbits.grids.base import Params, feedback, group_index, groups_of, spread
 
 SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -33,7 +33,10 @@ class Int:
     """Integers of ``bits`` bits that share a scale over ``rows`` rows and ``group`` columns (-1: all of them).
 
     ``ratios`` are the clipping candidates that ``fit`` tries; ``scale`` is the dtype in which scales are stored:
-    codes are chosen for the scale *as stored*. Params: ``scale [R, G]`` in that dtype; ``zero [R, G]`` uint8 unless
+    codes are chosen for the scale *as stored*. ``narrow``, for symmetric grids: ``scale = absmax / (2**(bits-1) - 1)``
+    and code 0 unused, so that ``-w`` has the codes of ``w`` mirrored (SmoothQuant, LLM.int8).
+
+    Params: ``scale [R, G]`` in the stored dtype; ``zero [R, G]`` uint8 unless
     symmetric; ``g_idx`` int32 ``[in]`` only when groups are not consecutive columns.
     """
 
@@ -44,6 +47,7 @@ class Int:
     scale: str = "float16"
     ratios: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
     norm: float = 2.0
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -54,6 +58,8 @@ class Int:
             )
         if self.scale not in SCALE_DTYPES:
             raise RequestError(f"scale dtype {self.scale!r} is unknown; allowed: {', '.join(SCALE_DTYPES)}")
+        if self.narrow and not self.symmetric:
+            raise RequestError("a narrow range is symmetric; give symmetric: true, or narrow: false")
 
     width = 1
 
@@ -70,6 +76,11 @@ class Int:
     def levels(self) -> int:
         """Number of codes."""
         return 2**self.bits
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return int(self.narrow)
 
     @property
     def qmax(self) -> int:
@@ -96,6 +107,8 @@ class Int:
             else importance.repeat_interleave(flat.shape[1] // columns)
         )
         ratios = torch.tensor(self.ratios, dtype=torch.float32, device=w.device)
+        if self.narrow:  # the kernel divides by (2**bits - 1) / 2
+            ratios = ratios * (self.qmax / (self.qmax - 1))
         scale, zero = kernels.fit_affine(
             flat.float(), share, self.qmax, self.symmetric, ratios, weight, self.dtype, self.norm
         )
@@ -128,7 +141,7 @@ class Int:
         """Nearest codes, uint8 of the shape of ``w``; ties to even, before the zero point is added."""
         i = self.index(p, w.shape[1])
         s, z = spread(_real(p["scale"]), i, len(w)), spread(self.zero_points(p), i, len(w))
-        return (torch.round(w / s) + z).clamp_(0, self.qmax).to(torch.uint8)
+        return (torch.round(w / s) + z).clamp_(self.qmin, self.qmax).to(torch.uint8)
 
     def decode(self, codes: Tensor, p: Params) -> Tensor:
         """``scale * (code - zero)``, float32 (float64 when the scale is)."""
@@ -138,6 +151,8 @@ class Int:
 
     def feedback(self, w: Tensor, u: Tensor, p: Params, index: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Grid.feedback`; one fused kernel call."""
+        if self.narrow:
+            return feedback(self, w, u, p, index)
         rows = len(w)
         scale, zero = (t.to(w.dtype).expand(rows, -1) for t in (p["scale"], self.zero_points(p)))
         return kernels.sweep_block_(w, u, scale, zero, index.int(), self.qmax)

@@ -34,7 +34,7 @@ class Turnstile:
     def hooked(self) -> Iterator[None]:
         """Installs the hooks for the duration."""
         handles = [
-            self.block.get_submodule(name).register_forward_pre_hook(self._hook(i))
+            self.block.get_submodule(name).register_forward_pre_hook(self._hook(i), prepend=True)
             for i, stage in enumerate(self.stages)
             for name in stage
         ]

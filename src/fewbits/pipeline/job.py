@@ -235,7 +235,7 @@ class Job:
         config = dict(self.source.raw_config)
         config.pop("torch_dtype", None)
         config["dtype"] = self.plan.dtype
-        config["quantization_config"] = self.layout.config(self.entries)
+        config["quantization_config"] = formats.with_cache(self.layout.config(self.entries), self.plan.kv_cache)
         return {
             "config.json": json.dumps(config, indent=2) + "\n",
             "README.md": card(self.source, self.plan, bpw, kl, events),

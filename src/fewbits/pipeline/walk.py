@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fewbits.activations import Inputs, static_scale
 from fewbits.errors import FewbitsError
 from fewbits.formats import Entry, Layout
 from fewbits.grids import tied
 from fewbits.model import Experts, Site, Source, fold, get_weight, set_weight
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.forward import run
+from fewbits.pipeline.inputs import common_scheme, quantize_inputs, require_finite
 from fewbits.plan import Plan, Recipe
 from fewbits.solve import Nearest
 from fewbits.stats import Stats, loss
@@ -64,19 +66,25 @@ class Walk:
         round_to(block, DTYPES[self.plan.dtype], set(recipes))
 
         def observe(stage: int, x: Tensor) -> None:
-            needs = frozenset().union(*(recipes[n].solver.needs for n in stages[stage] if n in recipes))
+            here = [recipes[n] for n in stages[stage] if n in recipes]
+            needs = frozenset().union(*(r.needs for r in here))
             if needs:
-                self._observe(stats, stage, x, needs)
+                require_finite(x, names[stages[stage][0]], stats[stage].count if stage in stats else 0)
+                scheme = common_scheme(here)  # the solver minimises the error on what the layer will really see
+                self._observe(stats, stage, Inputs(scheme)(x) if scheme and scheme.dynamic else x, needs)
 
         def solve(stage: int) -> None:
             seen = stats.pop(stage, None)
             for local in stages[stage]:
                 if local in recipes:
-                    q, event = solve_one(get_weight(block.get_submodule(local)), recipes[local], seen)
+                    recipe = recipes[local]
+                    q, event = solve_one(get_weight(block.get_submodule(local)), recipe, seen)
+                    q = replace(q, inputs=inputs_of(recipe, seen, DTYPES[self.plan.dtype], names[local]))
                     set_weight(block.get_submodule(local), q.dense())
                     solved[local] = q
                     events.append({"event": "tensor", "block": i, "name": names[local]} | event)
 
+        quantize_inputs(block, lambda local: solved[local].inputs if local in solved else None, recipes)
         if acts is None:
             for stage in range(len(stages)):
                 solve(stage)
@@ -114,13 +122,17 @@ class Walk:
         """Block ``i`` with the weights of its finished part, float32."""
         block = self.source.block(i)
         codes: set[str] = set()
+        inputs: dict[str, Inputs | None] = {}
         for local, module in self.source.linears(block).items():
             name = self.source.disk_name(i, local)
             if self.recipes[name] is not None:
                 prefix = f"{name}."
                 codes.add(f"{name}.weight")
                 parts = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
-                set_weight(module, self.layout.unpack(name, parts).dense())
+                q = self.layout.unpack(name, parts)
+                set_weight(module, q.dense())
+                inputs[local] = q.inputs
+        quantize_inputs(block, inputs.get, inputs)
         self.source.load_state(block, i, {k: t for k, t in stored.items() if k not in codes})
         return block
 
@@ -182,6 +194,8 @@ class Walk:
         for transform in self.plan.transforms:
             fitted: list[tuple[Site, Tensor]] = []
             for site in self.source.sites(block):
+                if not transform.takes(site.kind):
+                    continue
                 readers = [n for n in site.consumers if n in recipes and where[n] in stats]
                 if readers:
                     weights = [(get_weight(block.get_submodule(n)), stats[where[n]]) for n in readers]
@@ -235,6 +249,19 @@ def solve_one(w: Tensor, recipe: Recipe, stats: Stats | None) -> tuple[Quantized
     return q, event
 
 
+def inputs_of(recipe: Recipe, stats: Stats | None, dtype: torch.dtype, name: str) -> Inputs | None:
+    """The scheme of a layer's inputs with its static scale, rounded to the ``dtype`` in which it is stored."""
+    scheme = recipe.activations
+    if scheme is None or scheme.dynamic:
+        return None if scheme is None else Inputs(scheme)
+    if stats is None or stats.absmax is None or not stats.count:
+        raise FewbitsError(
+            f"{name}: no token reached this layer, so its inputs have no static scale; give more --samples, or dynamic "
+            "activations"
+        )
+    return Inputs(scheme, static_scale(scheme, stats.absmax, stats.histogram).to(dtype).float())
+
+
 def _norm(w: Tensor) -> Tensor:
     return w.square().sum(1).sum().sqrt()
 
@@ -256,7 +283,8 @@ def entries_of(source: Source, recipes: Mapping[str, Recipe | None] | None = Non
     def add(name: str, shape: tuple[int, int]) -> None:
         recipe = recipes[name] if recipes else None
         scattered = bool(recipe) and getattr(recipe.solver, "scatters", False)  # type: ignore[union-attr]
-        found.append(Entry(name, shape, recipe.grid if recipe else None, scattered))
+        grid, scheme = (recipe.grid, recipe.activations) if recipe else (None, None)
+        found.append(Entry(name, shape, grid, scattered, activations=scheme))
 
     for i in range(source.n_blocks):
         block = source.skeleton(i)

@@ -61,13 +61,16 @@ TOP_K = 50
 Step = Callable[[Tensor], Tensor]
 
 
-def generate(model: Any, ids: Tensor, max_tokens: int, temperature: float = 0.0, streamer: Any = None) -> list[int]:
+def generate(
+    model: Any, ids: Tensor, max_tokens: int, temperature: float = 0.0, streamer: Any = None, cache: Any = None
+) -> list[int]:
     """Up to ``max_tokens`` new token ids after the prompt ``ids`` int64 ``[1, T]``; ends after an end-of-text token.
 
     ``temperature`` 0 takes the likeliest token; above it, sampling draws from torch's global generator as transformers
-    does. ``streamer`` has ``put`` and ``end`` as transformers' streamers have.
+    does. ``streamer`` has ``put`` and ``end`` as transformers' streamers have. ``cache`` is an empty Cache of
+    transformers to use, such as :class:`fewbits.runtime.kvcache.QuantizedCache`.
     """
-    if supports(model, ids.shape[1] + max_tokens) and len(ids) == 1:
+    if cache is None and supports(model, ids.shape[1] + max_tokens) and len(ids) == 1:
         return Decoder(model).run(ids, max_tokens, temperature, streamer)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     settings, ends = model.generation_config, _ends(model)
@@ -78,6 +81,7 @@ def generate(model: Any, ids: Tensor, max_tokens: int, temperature: float = 0.0,
         max_new_tokens=max_tokens,
         streamer=streamer,
         pad_token_id=pad,
+        past_key_values=cache,
         **sampling,
     )
     return [int(i) for i in out[0, ids.shape[1] :]]
@@ -244,7 +248,7 @@ def _stack(layers: Iterable[nn.Module]) -> tuple[qlinear.PackedWeight, Tensor | 
     """One weight and bias for several quantized layers, which become views of it; None when they do not go together."""
     quantized: list[QuantLinear] = []
     for m in layers:
-        if not isinstance(m, QuantLinear) or m._packed is None:
+        if not isinstance(m, QuantLinear) or m._packed is None or m.inputs is not None:
             return None
         quantized.append(m)
     packed = [m._packed for m in quantized if m._packed is not None]

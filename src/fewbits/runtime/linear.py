@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewbits.activations import Inputs
 from fewbits.errors import RequestError
 from fewbits.grids import Int, Vectorwise, group_index, spread
 from fewbits.kernels import gpu, qlinear
 from fewbits.runtime import twin
+from fewbits.runtime.integer import IntegerWeight, say
 from fewbits.tensor import Quantized
 
 
@@ -21,8 +23,8 @@ class QuantLinear(nn.Module):
 
     On the CPU the codes are prepacked for the C++ product, on GPUs for the Triton twins. Elsewhere, without either, and
     for weights that the kernels do not hold (grids other than ``Int``, residuals), the weight is dequantized on every
-    call. Codes get no
-    gradient; inputs do. The weight is not part of ``state_dict``: a loaded model is saved by copying its checkpoint.
+    call. Where the inputs are quantized too, integers are multiplied with integers if their scales allow it. Codes get
+    no gradient; inputs do. The weight is not part of ``state_dict``: a loaded model is saved by copying its checkpoint.
     """
 
     def __init__(
@@ -41,6 +43,9 @@ class QuantLinear(nn.Module):
         self._packed: qlinear.PackedWeight | None = None
         self._twin: Any = None
         self._loose: Quantized | None = None
+        self.inputs: Inputs | None = None
+        self._integer: IntegerWeight | None = None
+        self._told = False
         self._offset: tuple[Any, Tensor | None] = (None, None)
 
     @classmethod
@@ -56,14 +61,24 @@ class QuantLinear(nn.Module):
             raise RequestError(f"weight of shape {q.shape} given, the layer is {(self.out_features, self.in_features)}")
         if isinstance(q.grid, Vectorwise):
             grid, params = q.grid.uniform(q.params)
-            q = Quantized(grid, q.codes, params, q.residual)
-        self.grid, self._packed, self._loose = q.grid, _pack(q), None
-        self._twin = twin.pack(q) if self._packed is None else None
-        if self._packed is None and self._twin is None:
+            q = Quantized(grid, q.codes, params, q.residual, inputs=q.inputs)
+        self.grid, self.inputs, self._loose = q.grid, q.inputs, None
+        self._integer = IntegerWeight.of(q)
+        self._packed = None if self._integer else _pack(q)
+        self._twin = twin.pack(q) if self._packed is None and self._integer is None else None
+        if self._packed is None and self._integer is None and self._twin is None:
             self._loose = q
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.inputs is not None:
+            if not self._told:
+                self._told = True
+                say(self.inputs, self.grid, x.device.type, self._integer is not None)
+            if self._integer is not None and not (x.requires_grad and torch.is_grad_enabled()):
+                y = self._integer.matmul(x, self.inputs)
+                return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
+            x = _straight(x, self.inputs) if x.requires_grad and torch.is_grad_enabled() else self.inputs(x)
         p, fused = self._packed, x.dtype in qlinear.DTYPES and not (x.requires_grad and torch.is_grad_enabled())
         if fused and self._twin is not None and x.device == self._twin.device:
             return gpu.linear(x, self._twin, self.bias)
@@ -78,6 +93,8 @@ class QuantLinear(nn.Module):
             return qlinear.dequantize(self._packed, dtype)
         if self._twin is not None:
             return self._twin.dense().to(dtype)
+        if self._integer is not None:
+            return self._integer.dense().to(dtype)
         if self._loose is None:
             raise RequestError("this layer has no weight yet; load a checkpoint or call fill")
         return self._loose.dense().to(dtype)
@@ -96,6 +113,8 @@ class QuantLinear(nn.Module):
             return self._packed.nbytes
         if self._twin is not None:
             return int(self._twin.nbytes)
+        if self._integer is not None:
+            return self._integer.nbytes
         held = [] if self._loose is None else [self._loose.codes, *self._loose.params.values()]
         return sum(t.numel() * t.element_size() for t in held)
 
@@ -121,9 +140,16 @@ class QuantLinear(nn.Module):
     def _device(self) -> torch.device:
         if self._twin is not None:
             return self._twin.device
+        if self._integer is not None:
+            return self._integer.codes.device
         return torch.device("cpu") if self._loose is None else self._loose.codes.device
 
     def _move(self, device: torch.device) -> None:
+        if self.inputs is not None and self.inputs.scale is not None:
+            self.inputs = Inputs(self.inputs.scheme, self.inputs.scale.to(device))
+        if self._integer is not None:
+            self._integer = self._integer.to(device)
+            return
         q = self._loose
         if self._packed is not None:
             codes, scale, zero, g_idx = qlinear.unpack_weight(self._packed)
@@ -132,7 +158,12 @@ class QuantLinear(nn.Module):
             q = twin.unpack(self.grid, self._twin)
         if q is not None:
             moved = {name: t.to(device) for name, t in q.params.items()}
-            self.fill(Quantized(q.grid, q.codes.to(device), moved, q.residual))
+            self.fill(Quantized(q.grid, q.codes.to(device), moved, q.residual, inputs=self.inputs))
+
+
+def _straight(x: Tensor, inputs: Inputs) -> Tensor:
+    """``inputs(x)`` with the gradient of ``x``: rounding has none."""
+    return x + (inputs(x) - x).detach()
 
 
 def _params(grid: Int, scale: Tensor, zero: Tensor, g_idx: Tensor | None) -> dict[str, Tensor]:

@@ -2,5 +2,6 @@
 
 from fewbits.transform.base import Diagonal, Transform
 from fewbits.transform.scale import Awq
+from fewbits.transform.smooth import Smooth
 
-__all__ = ["Awq", "Diagonal", "Transform"]
+__all__ = ["Awq", "Diagonal", "Smooth", "Transform"]

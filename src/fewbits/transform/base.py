@@ -41,6 +41,10 @@ class Transform(Protocol):
     @property
     def needs(self) -> frozenset[str]: ...
 
+    def takes(self, kind: str) -> bool:
+        """Whether it works at sites whose producer is of ``kind``: "norm", "norm+1" or "linear"."""
+        ...
+
     def fit(self, consumers: Sequence[tuple[Tensor, Stats]], grid: Grid, share: Tensor | None = None) -> Diagonal:
         """The map for ``consumers``: each weight ``[out_i, columns]`` with the statistics of its input.
 

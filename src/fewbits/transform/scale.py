@@ -34,6 +34,9 @@ class Awq:
 
     needs = frozenset({"gram", "abs"})
 
+    def takes(self, kind: str) -> bool:
+        return True
+
     def fit(self, consumers: Sequence[tuple[Tensor, Stats]], grid: Grid, share: Tensor | None = None) -> Diagonal:
         """The candidate with the least output error under round-to-nearest on ``grid``; see :class:`Transform`."""
         parts = by_stats(consumers)

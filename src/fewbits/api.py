@@ -129,7 +129,7 @@ def read_recipe(path: Path, common: dict[str, Any]) -> Plan:
 
 
 def _with_head(plan: Plan, head: str) -> Plan:
-    """``plan`` with the output head quantized as everything else is; its input, the last hidden state, stays as it is."""
+    """``plan`` with the output head quantized as everything else is, but for its input: the last hidden state stays."""
     recipe = plan.rules[-1].recipe
     own = None if recipe is None else dataclasses.replace(recipe, activations=None)
     return dataclasses.replace(plan, rules=(Rule(head, own), *plan.rules))

@@ -30,8 +30,8 @@ class Method:
     grid: Grid
     solver: Solver
     transforms: tuple[Transform, ...] = ()
-    format: str = "compressed-tensors"
     activations: Activations | None = None
+    format: str = "compressed-tensors"
 
 
 METHODS: dict[str, Method] = {
@@ -71,10 +71,11 @@ METHODS: dict[str, Method] = {
         PRESETS["int8"],
     ),
     "llm.int8": Method(
-        "W8A8 vector-wise; input columns that reach 6.0 stay in 16 bits",
-        replace(W8, narrow=True),
+        "int8 by rows, inputs vector-wise; input columns that reach 6.0 stay in 16 bits (LLM.int8())",
+        NAMED_GRIDS["llm-int8"],
         Nearest(),
         activations=replace(PRESETS["int8"], outliers=6.0),
+        format=BNB,
     ),
     "obq": Method("exact greedy elimination (layers up to 1024 inputs)", Int(4, -1), Exact()),
     "fp8": Method("8-bit floats (E4M3), a scale per channel", NAMED_GRIDS["fp8"], Nearest()),
@@ -88,7 +89,6 @@ METHODS: dict[str, Method] = {
     "nf4-dq": Method("the same with double quantization", NAMED_GRIDS["nf4-dq"], Nearest(), format=BNB),
     "fp4": Method("bitsandbytes' 4-bit floats in blocks of 64", NAMED_GRIDS["fp4-bnb"], Nearest(), format=BNB),
     "fp4-dq": Method("the same with double quantization", NAMED_GRIDS["fp4-bnb-dq"], Nearest(), format=BNB),
-    "llm-int8": Method("LLM.int8()'s weights: int8 by rows", NAMED_GRIDS["llm-int8"], Nearest(), format=BNB),
 }
 
 
@@ -114,9 +114,8 @@ def plan(
     given = {"bits": bits, "group": group_size, "symmetric": symmetric}
     chosen = m.grid if grid is None else searched(named(grid), m.grid) if isinstance(grid, str) else grid
     chosen = altered(chosen, {k: v for k, v in given.items() if v is not None}, f"method {name!r}", grid)
-    return Plan(
-        method=name, rules=(Rule("*", Recipe(chosen, m.solver, m.activations)),), transforms=m.transforms, **rest
-    )  # type: ignore[arg-type]
+    rules = (Rule("*", Recipe(chosen, m.solver, m.activations)),)
+    return Plan(method=name, rules=rules, transforms=m.transforms, **rest)  # type: ignore[arg-type]
 
 
 def named(grid: str) -> Grid:

@@ -6,7 +6,7 @@ import torch
 from fewbits.activations import PRESETS, Activations, Inputs
 from fewbits.errors import RequestError
 from fewbits.grids import Int
-from fewbits.kernels import int8
+from fewbits.kernels import int8, w8a8
 from fewbits.runtime.linear import QuantLinear
 from fewbits.tensor import Quantized
 
@@ -25,7 +25,7 @@ def test_product_is_exact_at_any_depth(k, value):
     """All codes at the ends: the sums where float32 accumulation would first go wrong."""
     x, w = torch.full((3, k), value, dtype=torch.int8), torch.full((2, k), value, dtype=torch.int8)
     w[1] = -127
-    for product in (int8.matmul, int8.reference):
+    for product in (lambda x, w: int8.matmul(x, w8a8.pack(w)), int8.reference):
         found = product(x, w)
         assert found.dtype == torch.int32
         assert torch.equal(found, torch.tensor([[k * value**2, k * value * -127]] * 3, dtype=torch.int32))
@@ -34,10 +34,10 @@ def test_product_is_exact_at_any_depth(k, value):
 def test_product_is_the_integer_product():
     g = torch.Generator().manual_seed(0)
     x, w = (torch.randint(-128, 128, s, generator=g).to(torch.int8) for s in ((33, 1500), (17, 1500)))
-    assert torch.equal(int8.matmul(x, w).long(), x.long() @ w.long().T)
-    assert int8.matmul(x[:0], w).shape == (0, 17)
+    assert torch.equal(int8.matmul(x, w8a8.pack(w)).long(), x.long() @ w.long().T)
+    assert int8.matmul(x[:0], w8a8.pack(w)).shape == (0, 17)
     with pytest.raises(RequestError, match="needs x int8"):
-        int8.matmul(x, w.float())
+        int8.matmul(x.float(), w8a8.pack(w))
 
 
 @pytest.mark.parametrize("scheme", [PRESETS["int8"], PRESETS["int4"], LLM, PRESETS["int8-static"]], ids=str)

@@ -18,12 +18,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from fewbits.activations import Activations, Inputs
 from fewbits.errors import CheckpointError, RequestError
 from fewbits.formats import common
 from fewbits.formats.base import Entry, Refusal
@@ -44,9 +45,13 @@ _THRESHOLD = 6.0
 
 @dataclass(frozen=True)
 class BitsAndBytes:
-    """``dtype`` is that of the model, in which bitsandbytes computes. How a module is stored is said by its tensors."""
+    """``dtype`` is that of the model, in which bitsandbytes computes. How a module is stored is said by its tensors.
+
+    Layers of int8 rows take their inputs vector-wise in int8, but for columns that reach ``threshold``.
+    """
 
     dtype: str = "float16"
+    threshold: float = _THRESHOLD
 
     name: ClassVar[str] = "bitsandbytes"
     scale_dtype: ClassVar[str | None] = None
@@ -62,6 +67,12 @@ class BitsAndBytes:
         reason = "all modules must have the same codebook and nesting; use format fewbits"
         return found + [Refusal(name, reason) for name, kind in kinds.items() if kind != usual]
 
+    def activations(self, e: Entry) -> str | None:
+        """Why the inputs of an entry cannot be described: they are what bitsandbytes does, or nothing."""
+        if isinstance(e.grid, Vectorwise) and e.activations == _inputs(e.activations.outliers if e.activations else 0):
+            return None
+        return "its inputs stay in 16 bits, but for those of --method llm.int8; use format fewbits"
+
     def pack(self, name: str, q: Quantized) -> dict[str, Tensor]:
         """See the file's head. Raises RequestError when ``q`` is not what :meth:`check` let through."""
         residual = type(q.residual).__name__ if q.residual else None
@@ -74,12 +85,15 @@ class BitsAndBytes:
         return {f"{name}.{suffix}": t for suffix, t in packed.items()}
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor]) -> Quantized:
-        return _unpack_rows(name, tensors) if "SCB" in tensors else _unpack_blocks(name, tensors)
+        if "SCB" not in tensors:
+            return _unpack_blocks(name, tensors)
+        return replace(_unpack_rows(name, tensors), inputs=Inputs(_inputs(self.threshold)))
 
     def config(self, entries: Sequence[Entry]) -> dict[str, Any]:
         grid = next((e.grid for e in entries if e.grid is not None), None)
         table = grid if isinstance(grid, Table) else None
         dense = [e.name for e in entries if e.grid is None]
+        thresholds = [e.activations.outliers for e in entries if e.activations is not None]
         return {
             "quant_method": "bitsandbytes",
             "_load_in_4bit": table is not None,
@@ -90,7 +104,7 @@ class BitsAndBytes:
             "bnb_4bit_use_double_quant": table.nested if table else False,
             "bnb_4bit_compute_dtype": self.dtype,
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_threshold": _THRESHOLD,
+            "llm_int8_threshold": thresholds[0] if thresholds else _THRESHOLD,
             "llm_int8_skip_modules": [*dense, "lm_head"] if dense else None,  # None leaves out lm_head alone
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
@@ -105,7 +119,16 @@ class BitsAndBytes:
             common.setting(config, (key,), common.is_flag, False)
         # What is computed in does not concern the numbers; bitsandbytes knows more dtypes than it stores.
         dtype = config.get("bnb_4bit_compute_dtype")
-        return cls(dtype if dtype in DTYPES else "float32")
+        threshold = common.setting(config, ("llm_int8_threshold",), _is_threshold, _THRESHOLD)
+        return cls(dtype if dtype in DTYPES else "float32", float(threshold))
+
+
+def _inputs(threshold: float) -> Activations:
+    return Activations("int8", outliers=threshold)
+
+
+def _is_threshold(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 def _kind(grid: Table | Vectorwise) -> tuple[Any, ...]:
@@ -126,7 +149,7 @@ def _reasons(e: Entry) -> Iterator[str]:
     elif not isinstance(grid, Vectorwise):
         yield (
             f"it stores the tables nf4 and fp4 and LLM.int8() rows, not {type(grid).__name__}; "
-            "use --method nf4 or llm-int8, or another format"
+            "use --method nf4 or llm.int8, or another format"
         )
 
 

@@ -153,6 +153,12 @@ class Float:
         s = self._spread(self.step(p), self.index(p, codes.shape[1]), len(codes))
         return self.numbers.decode(codes, s.dtype).mul_(s)
 
+    def looked_up(self, p: Params, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The same numbers as a table float32 ``[levels]`` times a factor ``[out, groups]``."""
+        table = self.numbers.decode(torch.arange(self.levels, dtype=torch.uint8), torch.float32)
+        step = self.step(p).float()
+        return table, self._spread(step, torch.arange(step.shape[1]), shape[0]).expand(shape[0], -1)
+
     def feedback(self, w: Tensor, u: Tensor, p: Params, index: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Grid.feedback`: rounding column by column, bit patterns for the whole block at the end."""
         s = self._spread(self.step(p).to(w.dtype), index, len(w))

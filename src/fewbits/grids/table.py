@@ -92,6 +92,10 @@ class Table:
         absmax = self.absmax(p)
         return self._times(codebook(self.codebook).lookup(codes, absmax.dtype), absmax, p)
 
+    def looked_up(self, p: Params, shape: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+        """The same numbers as a table float32 ``[levels]`` times factors ``[out, groups]``; None if blocks straddle."""
+        return None if self.straddles(shape) else (codebook(self.codebook).values, self.absmax(p).float())
+
     def feedback(self, w: Tensor, u: Tensor, p: Params, index: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Grid.feedback`. Raises RequestError when blocks straddle rows."""
         absmax = self.absmax(p)

@@ -9,8 +9,6 @@ is timed once. Sums are exact for up to 131,071 columns.
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import time
 from typing import Any
 
@@ -18,29 +16,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbits.kernels import _table
+from fewbits.kernels import _table, w8a8
 from fewbits.kernels._table import require, shape
+from fewbits.kernels.w8a8 import Packed
 
 EXACT = 1024
 """Columns whose float32 sum is exact: 1024 * 128 * 128 = 2**24."""
 
 
-def matmul(x: Tensor, w: Tensor) -> Tensor:
-    """``x @ w.T`` for int8 ``x [T, in]`` and ``w [out, in]``: int32 ``[T, out]``, exact.
+def matmul(x: Tensor, w: Packed) -> Tensor:
+    """``x @ w.T`` for int8 ``x [T, in]`` and a packed ``w [out, in]``: int32 ``[T, out]``, exact.
 
     Raises RequestError on other dtypes and shapes.
     """
     require(
-        x.dtype == w.dtype == torch.int8 and x.dim() == w.dim() == 2 and x.shape[1] == w.shape[1],
-        f"int8_matmul needs x int8[T, in] and w int8[out, in]; got {shape(x)} and {shape(w)}",
+        x.dtype == torch.int8 and x.dim() == 2 and x.shape[1] == w.shape[1],
+        f"int8_matmul needs x int8[T, {w.shape[1]}] for this weight; got {shape(x)}",
     )
     kind = chosen(x.device.type)
-    if kind == "w8a8" and len(x):
-        found: Tensor = _own().matmul(x.contiguous(), w.contiguous())
-        return found
-    if kind == "torch._int_mm" and len(x):
-        return _int_mm(x, w)
-    return reference(x, w)
+    if kind == "w8a8":
+        return w8a8.matmul(x, w)
+    dense = w8a8.unpack(w)
+    return _int_mm(x, dense) if kind == "torch._int_mm" and len(x) else reference(x, dense)
 
 
 def reference(x: Tensor, w: Tensor) -> Tensor:
@@ -55,19 +52,11 @@ def reference(x: Tensor, w: Tensor) -> Tensor:
 @functools.cache
 def chosen(device: str) -> str:
     """Which implementation multiplies on this kind of device: "w8a8", "torch._int_mm" or "reference"."""
-    if device == "cpu" and _own() is not None:
+    if device == "cpu" and w8a8.available():
         return "w8a8"
     if device == "cuda" or (device == "cpu" and _fast()):
         return "torch._int_mm"
     return "reference"
-
-
-@functools.cache
-def _own() -> Any:
-    if _table.C is None or importlib.util.find_spec("fewbits.kernels.w8a8") is None:
-        return None
-    module = importlib.import_module("fewbits.kernels.w8a8")
-    return module if getattr(module, "available", lambda: True)() else None
 
 
 @functools.cache

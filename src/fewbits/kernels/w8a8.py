@@ -46,6 +46,17 @@ def pack(w: Tensor) -> Packed:
     return Packed((out, columns), data, sums)
 
 
+def unpack(p: Packed, columns: Tensor | None = None) -> Tensor:
+    """The weight int8 ``[out, in]`` again, or the given ``columns`` of it (int64 ``[n]``)."""
+    if p.data.ndim == 2:
+        return p.data if columns is None else p.data[:, columns]
+    out, inputs = p.shape
+    if columns is None:
+        return p.data.transpose(1, 2).reshape(len(p.data) * 16, -1)[:out, :inputs].contiguous()
+    chosen = p.data[:, columns // 4, :, columns % 4]  # [columns, blocks, 16]
+    return chosen.permute(1, 2, 0).reshape(len(p.data) * 16, len(columns))[:out]
+
+
 def matmul(x: Tensor, w: Packed | Tensor) -> Tensor:
     """``x @ w.T`` int32 ``[..., out]`` of x int8 ``[..., in]``; exact while sums stay below 2^31 (in < 131072).
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewbits.activations import Inputs, half, loud_columns, real
 from fewbits.grids import Int
-from fewbits.kernels import int8
+from fewbits.kernels import int8, w8a8
 from fewbits.tensor import Quantized
 
 log = logging.getLogger("fewbits")
@@ -24,9 +24,9 @@ _said: set[str] = set()
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """``codes`` int8 ``[out, in]`` and ``scale`` float32 ``[out]`` (or ``[1]``)."""
+    """``packed`` int8 ``[out, in]`` in the kernels' order, and ``scale`` float32 ``[out]`` (or ``[1]``)."""
 
-    codes: Tensor
+    packed: w8a8.Packed
     scale: Tensor
 
     @classmethod
@@ -39,14 +39,24 @@ class IntegerWeight:
         if not grid.symmetric or not one_scale:
             return None
         codes = (q.codes.to(torch.int16) - grid.middle).to(torch.int8)
-        return cls(codes.contiguous(), q.params["scale"].float().reshape(-1))
+        return cls(w8a8.pack(codes.contiguous()), q.params["scale"].float().reshape(-1))
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.data.device
+
+    @property
+    def codes(self) -> Tensor:
+        """int8 ``[out, in]``."""
+        return w8a8.unpack(self.packed)
 
     def to(self, device: torch.device) -> IntegerWeight:
-        return IntegerWeight(self.codes.to(device), self.scale.to(device))
+        return IntegerWeight(w8a8.pack(self.codes.to(device)), self.scale.to(device))
 
     @property
     def nbytes(self) -> int:
-        return self.codes.numel() + 4 * self.scale.numel()
+        """Bytes of codes, their sums and scales."""
+        return self.packed.data.numel() + 4 * (self.packed.sums.numel() + self.scale.numel())
 
     def dense(self) -> Tensor:
         """float32 ``[out, in]``."""
@@ -56,7 +66,7 @@ class IntegerWeight:
         """``inputs(x) @ dense().T`` for ``x [..., in]``, float32 ``[..., out]`` (float64 for float64 ``x``)."""
         flat = x.reshape(-1, x.shape[-1])
         codes, scale = inputs.encode(flat)
-        total = int8.matmul(codes.to(torch.int8), self.codes).to(scale.dtype)
+        total = int8.matmul(codes.to(torch.int8), self.packed).to(scale.dtype)
         y = total * scale * self.scale.to(scale.dtype)
         if inputs.scheme.outliers:
             y += self._loud(flat, inputs.scheme.outliers)
@@ -67,7 +77,7 @@ class IntegerWeight:
         kept = half(x)
         columns = loud_columns(kept, threshold).nonzero()[:, 0]
         wide = real(x).dtype
-        weight = self.codes[:, columns].to(wide) * self.scale[:, None].to(wide)
+        weight = w8a8.unpack(self.packed, columns).to(wide) * self.scale[:, None].to(wide)
         return kept[:, columns].to(wide) @ weight.t()
 
 

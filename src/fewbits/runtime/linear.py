@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fewbits.activations import Inputs
 from fewbits.errors import RequestError
-from fewbits.grids import Int, Vectorwise, group_index, spread
+from fewbits.grids import Int, Vectorwise
 from fewbits.kernels import gpu, qlinear
-from fewbits.runtime import twin
+from fewbits.runtime import packing, twin
 from fewbits.runtime.integer import IntegerWeight, say
 from fewbits.tensor import Quantized
 
@@ -22,9 +22,9 @@ class QuantLinear(nn.Module):
     """``x @ W.T + bias`` with ``W [out, in]`` kept as codes; stands for nn.Linear and for transformers' Conv1D.
 
     On the CPU the codes are prepacked for the C++ product, on GPUs for the Triton twins. Elsewhere, without either, and
-    for weights that the kernels do not hold (grids other than ``Int``, residuals), the weight is dequantized on every
-    call. Where the inputs are quantized too, integers are multiplied with integers if their scales allow it. Codes get
-    no gradient; inputs do. The weight is not part of ``state_dict``: a loaded model is saved by copying its checkpoint.
+    for weights that the kernels do not hold (residuals, blocks across rows), the weight is dequantized on every call.
+    Where the inputs are quantized too, integers are multiplied with integers if their scales allow it. Codes get no
+    gradient; inputs do. The weight is not part of ``state_dict``: a loaded model is saved by copying its checkpoint.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class QuantLinear(nn.Module):
         self.bias = None if empty is None else nn.Parameter(empty, requires_grad=False)
         self.grid: Any = None
         self._packed: qlinear.PackedWeight | None = None
+        self._kept: dict[str, Tensor] = {}
         self._twin: Any = None
         self._loose: Quantized | None = None
         self.inputs: Inputs | None = None
@@ -64,7 +65,8 @@ class QuantLinear(nn.Module):
             q = Quantized(grid, q.codes, params, q.residual, inputs=q.inputs)
         self.grid, self.inputs, self._loose = q.grid, q.inputs, None
         self._integer = IntegerWeight.of(q)
-        self._packed = None if self._integer else _pack(q)
+        self._packed = None if self._integer else packing.pack(q)
+        self._kept = q.params if self._packed is not None and not isinstance(q.grid, Int) else {}
         self._twin = twin.pack(q) if self._packed is None and self._integer is None else None
         if self._packed is None and self._integer is None and self._twin is None:
             self._loose = q
@@ -141,7 +143,7 @@ class QuantLinear(nn.Module):
         if self._twin is not None:
             return self._twin.device
         if self._integer is not None:
-            return self._integer.codes.device
+            return self._integer.device
         return torch.device("cpu") if self._loose is None else self._loose.codes.device
 
     def _move(self, device: torch.device) -> None:
@@ -152,8 +154,7 @@ class QuantLinear(nn.Module):
             return
         q = self._loose
         if self._packed is not None:
-            codes, scale, zero, g_idx = qlinear.unpack_weight(self._packed)
-            q = Quantized(self.grid, codes, _params(self.grid, scale, zero, g_idx))
+            q = packing.unpack(self.grid, self._packed, self._kept)
         elif self._twin is not None:
             q = twin.unpack(self.grid, self._twin)
         if q is not None:
@@ -164,31 +165,3 @@ class QuantLinear(nn.Module):
 def _straight(x: Tensor, inputs: Inputs) -> Tensor:
     """``inputs(x)`` with the gradient of ``x``: rounding has none."""
     return x + (inputs(x) - x).detach()
-
-
-def _params(grid: Int, scale: Tensor, zero: Tensor, g_idx: Tensor | None) -> dict[str, Tensor]:
-    """Params of one row per scale; ``spread`` takes them as well as shared ones."""
-    found = {"scale": scale}
-    if not grid.symmetric:
-        found["zero"] = zero
-    return found if g_idx is None else found | {"g_idx": g_idx}
-
-
-def _pack(q: Quantized) -> qlinear.PackedWeight | None:
-    """``q`` in the kernels' layout, or None for what they do not hold."""
-    grid = q.grid
-    if not isinstance(grid, Int) or q.residual is not None or q.codes.device.type != "cpu" or not qlinear.available():
-        return None
-    rows, groups = q.shape[0], torch.arange(q.params["scale"].shape[1])
-    scale = spread(q.params["scale"], groups, rows).expand(rows, -1)
-    zero = spread(grid.zero_points(q.params), groups, rows).expand(rows, -1).to(torch.uint8)
-    g_idx = q.params.get("g_idx")
-    if g_idx is not None and not _even(g_idx, grid.group):
-        return None
-    return qlinear.pack_weight(q.codes, scale, zero, grid.bits, grid.group, g_idx)
-
-
-def _even(g_idx: Tensor, group: int) -> bool:
-    """Whether every group has as many columns as consecutive groups would have."""
-    columns = len(g_idx)
-    return torch.equal(torch.sort(g_idx.long()).values, group_index(columns, group))

@@ -1,0 +1,48 @@
+"""From a quantized weight to what the C++ products read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits.grids import Int, group_index, spread
+from fewbits.kernels import qlinear, qtable
+from fewbits.tensor import Quantized
+
+LOOKED_UP = (16, 256)
+"""Numbers of codes of the tables that the kernels keep as they are: their codes come back from a packed weight."""
+
+
+def pack(q: Quantized) -> qlinear.PackedWeight | None:
+    """``q`` in the kernels' order, or None for what they do not hold: residuals, uneven groups, blocks across rows."""
+    if q.residual is not None or q.codes.device.type != "cpu" or not qlinear.available():
+        return None
+    g_idx = q.params.get("g_idx")
+    if g_idx is not None and not _even(g_idx, q.grid.period):
+        return None
+    if isinstance(q.grid, Int):
+        rows, groups = q.shape[0], torch.arange(q.params["scale"].shape[1])
+        scale = spread(q.params["scale"], groups, rows).expand(rows, -1)
+        zero = spread(q.grid.zero_points(q.params), groups, rows).expand(rows, -1).to(torch.uint8)
+        return qlinear.pack_weight(q.codes, scale, zero, q.grid.bits, q.grid.group, g_idx)
+    grid: Any = q.grid
+    found = grid.looked_up(q.params, q.shape) if hasattr(grid, "looked_up") and grid.levels in LOOKED_UP else None
+    return None if found is None else qtable.pack_table(q.codes, found[1], found[0], grid.period, g_idx)
+
+
+def unpack(grid: Any, packed: qlinear.PackedWeight, kept: dict[str, Tensor]) -> Quantized:
+    """What :func:`pack` was given. ``kept`` are the params of a grid that is looked up; integers need none."""
+    if not isinstance(grid, Int):
+        return Quantized(grid, qlinear.unpack_codes(packed), kept)
+    codes, scale, zero, g_idx = qlinear.unpack_weight(packed)
+    # One row per scale, which is as good as shared ones.
+    params = {"scale": scale} | ({} if grid.symmetric else {"zero": zero})
+    return Quantized(grid, codes, params if g_idx is None else params | {"g_idx": g_idx})
+
+
+def _even(g_idx: Tensor, group: int) -> bool:
+    """Whether every group has as many columns as consecutive groups would have."""
+    columns = len(g_idx)
+    return torch.equal(torch.sort(g_idx.long()).values, group_index(columns, group))

@@ -76,6 +76,8 @@ class IntegerWeight:
         """The product over the columns that stay in 16 bits, with the dequantized columns of the weight."""
         kept = half(x)
         columns = loud_columns(kept, threshold).nonzero()[:, 0]
+        if not len(columns):
+            return torch.zeros((), dtype=real(x).dtype, device=x.device)
         wide = real(x).dtype
         weight = w8a8.unpack(self.packed, columns).to(wide) * self.scale[:, None].to(wide)
         return kept[:, columns].to(wide) @ weight.t()

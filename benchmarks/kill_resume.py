@@ -46,6 +46,8 @@ def main() -> int:
             str(args.calibration),
             "--samples",
             str(args.samples),
+            "--seq-len",
+            str(args.seq_len),
             "--resume",
         ]
         return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

@@ -7,8 +7,9 @@ options; the defaults are those of the method's paper.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fewbits.activations import PRESETS, Activations
 from fewbits.errors import RequestError
@@ -17,6 +18,7 @@ from fewbits.plan import Plan, Recipe, Rule
 from fewbits.solve import Exact, Nearest, Solver, Sweep
 from fewbits.transform import Awq, Smooth, Transform
 
+T = TypeVar("T")
 CLIP = clip_ratios(0.7, 13)
 BNB = "bitsandbytes"
 W8 = Int(8, -1, symmetric=True)
@@ -94,11 +96,21 @@ METHODS: dict[str, Method] = {
 
 def method(name: str) -> Method:
     """A method by name. Raises RequestError with the allowed names and the nearest one."""
-    if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, 1)
+    return chosen("method", name, METHODS)
+
+
+def named(grid: str) -> Grid:
+    """A grid by name. Raises RequestError with the allowed names and the nearest one."""
+    return chosen("grid", grid, NAMED_GRIDS)
+
+
+def chosen(kind: str, name: str, table: Mapping[str, T]) -> T:
+    """``table[name]``. Raises RequestError that says what is allowed."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RequestError(f"method {name!r} is unknown; allowed: {', '.join(METHODS)}{hint}")
-    return METHODS[name]
+        raise RequestError(f"{kind} {name!r} is unknown; allowed: {', '.join(table)}{hint}")
+    return table[name]
 
 
 def plan(
@@ -116,15 +128,6 @@ def plan(
     chosen = altered(chosen, {k: v for k, v in given.items() if v is not None}, f"method {name!r}", grid)
     rules = (Rule("*", Recipe(chosen, m.solver, m.activations)),)
     return Plan(method=name, rules=rules, transforms=m.transforms, **rest)  # type: ignore[arg-type]
-
-
-def named(grid: str) -> Grid:
-    """A grid by name. Raises RequestError with the allowed names and the nearest one."""
-    if grid not in NAMED_GRIDS:
-        near = difflib.get_close_matches(grid, NAMED_GRIDS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RequestError(f"grid {grid!r} is unknown; allowed: {', '.join(NAMED_GRIDS)}{hint}")
-    return NAMED_GRIDS[grid]
 
 
 def searched(grid: Any, home: Any) -> Grid:

@@ -113,11 +113,15 @@ def llama(path: Path, grids: dict[str, Int | None], name: str, scattered: bool =
     ],
     ids=str,
 )
-def test_transformers_loads_it_and_computes_the_same(tmp_path: Path, grids: dict[str, Int | None]) -> None:
+def test_transformers_loads_it_and_computes_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grids: dict[str, Int | None]
+) -> None:
     from transformers import AutoModelForCausalLM
 
+    monkeypatch.setenv("FEWBITS_PLUGIN", "0")
     dense = llama(tmp_path, grids, "compressed-tensors")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert not any(type(m).__name__ == "QuantLinear" for m in loaded.modules())
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, dense(IDS).logits)
 

@@ -95,7 +95,8 @@ class Job:
         resumed.
         """
         started = time.perf_counter()
-        keep_freed_memory()
+        if self.rows is not None:
+            keep_freed_memory()
         work = WorkDir(out, resume, overwrite)
         self._room(out.parent)
         work.start(self._identity(), self.plan.to_yaml())

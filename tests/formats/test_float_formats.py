@@ -1,4 +1,4 @@
-"""FP8, MX and NVFP4 checkpoints: the bytes of compressed-tensors' own writer, and foreign and own readers."""
+"""FP8, MX and NVFP4 checkpoints: the bytes of compressed-tensors' own writer, foreign and own readers; solvers on NF4."""
 
 from __future__ import annotations
 
@@ -162,6 +162,8 @@ MADE = [(n, "rtn", "compressed-tensors") for n in FOREIGN] + [
     ("mxfp4", "awq", "compressed-tensors"),
     ("fp4-e3m0", "gptq-paper", "fewbits"),
     ("nvfp4", "gptq-paper", "fewbits"),
+    ("nf4", "gptq", "bitsandbytes"),
+    ("nf4-dq", "awq", "bitsandbytes"),
 ]
 
 

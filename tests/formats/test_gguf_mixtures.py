@@ -35,7 +35,7 @@ def test_q4_k_m_of_a_model_of_whole_blocks():
 
 
 def test_q4_k_m_of_smollm2_falls_back():
-    """576 columns are no whole blocks of 256, 1536 are; This model."""
+    """576 columns are no whole blocks of 256, 1536 are. The counts follow from llama.cpp's rules by hand."""
     found = list(kinds("q4_k_m", Model(30, 3, tied=True), 576, 1536).values())
     assert {k: found.count(k) for k in set(found)} == {"q5_0": 166, "q4_k": 16, "q8_0": 15, "q6_k": 14}
 

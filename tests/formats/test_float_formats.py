@@ -1,4 +1,4 @@
-"""FP8, MX and NVFP4 checkpoints: the bytes of compressed-tensors' own writer, foreign and own readers; solvers on NF4."""
+"""FP8, MX, NVFP4 checkpoints: the bytes of compressed-tensors' own writer, foreign and own readers; solvers on NF4."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from fewbits.grids import Grid
 from fewbits.model import Source
 from fewbits.model import rows as calibration_rows
 from fewbits.pipeline import mixture
-from fewbits.pipeline.job import Job, Result, default_compute
+from fewbits.pipeline.job import Job, Result
+from fewbits.pipeline.precision import PRECISIONS, default_compute
 from fewbits.plan import Calibration, Plan, Rule
 
 PROBE_TOKENS = 1024
@@ -59,16 +60,16 @@ def quantize(
     ("int8", "fp8", ...) is written down for the reader; ``format`` is
     one of :data:`fewbits.formats.LAYOUTS`;
     ``calibration`` a text file, texts, or the name of a fetched asset; ``max_memory`` bytes for activations;
-    ``compute`` "bf16" or "fp32" for the forward passes; ``dtype`` in which everything that is not quantized is
-    stored; ``lm_head`` quantizes the output head too, which a model with tied embeddings cannot. ``dry_run`` returns
-    the checked job.
+    ``compute`` what calibration's products are in, "bf16", "fp32" or "fixed" (13-bit fixed point), by default the
+    fastest on this processor; ``dtype`` in which everything that is not quantized is stored; ``lm_head`` quantizes the
+    output head too, which a model with tied embeddings cannot. ``dry_run`` returns the checked job.
 
     Raises RequestError (the request cannot be carried out), CheckpointError (damaged model); see :mod:`fewbits.errors`.
     """
     if device not in (None, "cpu"):
         raise RequestError(f"device {device!r} is not available for quantizing yet; allowed: cpu")
-    if compute not in (None, "bf16", "fp32"):
-        raise RequestError(f"compute {compute!r} is unknown; allowed: bf16, fp32")
+    if compute is not None and compute not in PRECISIONS:
+        raise RequestError(f"compute {compute!r} is unknown; allowed: {', '.join(PRECISIONS)}")
     if samples < 1 or seq_len < 2:
         raise RequestError(
             f"samples {samples} of {seq_len} tokens cannot calibrate; give at least 1 sample of 2 tokens"

@@ -7,7 +7,8 @@ choice). Adding is exact in any order up to float32 rounding; within a run batch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ class Stats:
     absmax: Tensor | None
     count: int = 0
     histogram: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What solvers made of these sums, for the next layer with the same inputs; forgotten when the sums change."""
 
     @classmethod
     def empty(cls, columns: int, needs: frozenset[str] = frozenset({"gram", "abs"})) -> Stats:
@@ -41,10 +44,12 @@ class Stats:
             histogram=torch.zeros(BINS, dtype=torch.int64) if "histogram" in needs else None,
         )
 
-    def update(self, x: Tensor) -> None:
-        """Add a batch ``x [..., in]``, in place. bfloat16 inputs are multiplied exactly and summed in float32."""
+    def update(self, x: Tensor, gram_: Callable[[Tensor, Tensor], None] = kernels.gram_) -> None:
+        """Add a batch ``x [..., in]``, in place. ``gram_(G, x)`` does ``G += x^T x``; the default one multiplies
+        bfloat16 exactly and sums in float32."""
         x = x.reshape(-1, x.shape[-1])
-        kernels.gram_(self.gram, x)
+        self.memo.clear()
+        gram_(self.gram, x)
         self.count += len(x)
         if self.abssum is not None and self.absmax is not None and len(x):
             a = x.abs().float()

@@ -177,7 +177,9 @@ def test_statistics_are_of_quantized_inputs(llama, tmp_path, monkeypatch):
     from fewbits.pipeline import walk
 
     seen = []
-    monkeypatch.setattr(walk.Stats, "update", lambda s, x, plain=Stats.update: (seen.append(x), plain(s, x))[1])
+    monkeypatch.setattr(
+        walk.Stats, "update", lambda s, x, *how, plain=Stats.update: (seen.append(x), plain(s, x, *how))[1]
+    )
     given = QUICK | {"group_size": 16, "activations": "int4", "bits": 8, "format": "fewbits"}
     api.quantize(llama, tmp_path / "out", method="gptq", **given)
     for x in seen:

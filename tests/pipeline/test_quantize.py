@@ -71,7 +71,7 @@ def test_methods_lower_the_output_error(method, llama, tmp_path):
     assert (result.kl is None) == (method == "rtn")
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("compute", ["fp32", "bf16", "fixed"])
 def test_same_bytes_whatever_the_threads_when_the_last_batch_is_short(llama, tmp_path, compute):
     """7 rows of 48 tokens follow a full batch of 85."""
     before, trees = torch.get_num_threads(), []
@@ -186,7 +186,7 @@ def test_refusals_leave_nothing_behind(llama, tmp_path):
         ({"calibration": [""]}, "empty"),
         ({"calibration": str(tmp_path / "nothing.txt")}, "no such calibration text"),
         ({"device": "tpu"}, "allowed: cpu"),
-        ({"compute": "fp64"}, "allowed: bf16, fp32"),
+        ({"compute": "fp64"}, "allowed: bf16, fp32, fixed"),
     ]
     for change, message in cases:
         with pytest.raises(RequestError, match=message):

@@ -54,7 +54,7 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when it exists.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
     compute: Annotated[
-        str | None, typer.Option(help="What calibration runs in: bf16 or fp32; default: the faster here.")
+        str | None, typer.Option(help="What calibration runs in: bf16, fp32 or fixed; default: the fastest here.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done and how large it gets; write nothing.")

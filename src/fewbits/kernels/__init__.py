@@ -14,9 +14,21 @@ import torch
 from torch import Tensor
 
 from fewbits.kernels import reference
-from fewbits.kernels._table import C, Choice, info, multiplies_bf16, native, register, require, schemas, shape, threads
+from fewbits.kernels._table import (
+    C,
+    Choice,
+    info,
+    level,
+    multiplies_bf16,
+    native,
+    register,
+    require,
+    schemas,
+    shape,
+    threads,
+)
 
-__all__ = ["Choice", "fit_affine", "gram_", "info", "multiplies_bf16", "one_thread", "schemas", "sweep_block_"]
+__all__ = ["Choice", "fit_affine", "gram_", "info", "level", "multiplies_bf16", "one_thread", "schemas", "sweep_block_"]
 
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_CANDIDATES, MAX_BLOCK = 1024, 256

@@ -94,6 +94,11 @@ def multiplies_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()
 
 
+def level() -> str:
+    """The instruction set that C++ uses, one of ``LEVELS``; ``portable`` when there is no C++."""
+    return "portable" if C is None else str(C.isa())
+
+
 def info() -> dict[str, Choice]:
     """For each op: the implementation chosen for CPU tensors, and why. Elsewhere the reference runs, or a twin
     (:func:`fewbits.kernels.gpu.info`)."""

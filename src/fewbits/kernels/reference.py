@@ -78,3 +78,35 @@ def sweep_block_(
         w[:, j + 1 :] -= e[:, None] * u[j, j + 1 :]
         codes[:, j], err[:, j] = code.to(torch.uint8), e
     return codes, err
+
+
+def fixed_point(x: Tensor, depth: int = 128, most: int = 4095) -> Tensor:
+    """``x [..., n]`` as fixed-point products see it: runs of ``depth`` along the last dimension, each rounded to whole
+    multiples of its largest magnitude / ``most``."""
+    runs = torch.nn.functional.pad(x, (0, -x.shape[-1] % depth)).unflatten(-1, (-1, depth))
+    top = runs.abs().amax(-1, keepdim=True)
+    top = torch.where(runs.isfinite().all(-1, keepdim=True), top, torch.nan)
+    used = torch.where(top < 1e-30, torch.inf, top)
+    codes = torch.round(runs * torch.div(torch.tensor(float(most), device=x.device), used))  # not by a reciprocal
+    return (codes * torch.where(top < 1e-30, 0.0, top / most)).flatten(-2)[..., : x.shape[-1]]
+
+
+def fixed_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See :func:`fewbits.kernels.fixed.fixed_linear`."""
+    return torch.nn.functional.linear(fixed_point(x), fixed_point(w), bias)
+
+
+def fixed_gram_(G: Tensor, x: Tensor) -> None:
+    """See :func:`fewbits.kernels.fixed.fixed_gram_`."""
+    gram_(G, fixed_point(x.T).T)
+
+
+def fixed_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> Tensor:
+    """See :func:`fewbits.kernels.fixed.fixed_attention`."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = fixed_point(q) @ fixed_point(k).mT * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+    total = weights.sum(-1, keepdim=True)
+    return fixed_point(weights) @ fixed_point(v.mT).mT / total

@@ -22,7 +22,6 @@ from torch import Tensor
 from fewbits import formats, storage
 from fewbits.errors import FewbitsError, RequestError
 from fewbits.formats import Entry, Layout
-from fewbits.kernels import multiplies_bf16
 from fewbits.model import Source
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.card import card
@@ -313,14 +312,9 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def default_compute() -> str:
-    """bf16 where the processor multiplies bfloat16 natively, else fp32."""
-    return "bf16" if multiplies_bf16() else "fp32"
-
-
 def check_calibrated(plan: Plan) -> bool:
     """Whether the plan reads activations at all."""
     return bool(plan.needs)
 
 
-__all__ = ["Job", "RequestError", "Result", "check_calibrated", "default_compute", "peak_rss"]
+__all__ = ["Job", "RequestError", "Result", "check_calibrated", "peak_rss"]

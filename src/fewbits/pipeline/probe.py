@@ -31,13 +31,11 @@ class Probe:
 
     def original(self, i: int) -> None:
         """Move the reference past block ``i`` as it was."""
-        with one_thread():  # products of few rows round differently with the number of threads
-            self.reference = self.walk.forward(self.walk.source.block(i), i, self.reference)
+        self.reference = self.walk.forward(self.walk.source.block(i), i, self.reference)
 
     def quantized(self, i: int, stored: Mapping[str, Tensor]) -> None:
         """Move the other stream past block ``i`` as it was written."""
-        with one_thread():
-            self.hidden = self.walk.forward(self.walk.restored(i, stored), i, self.hidden)
+        self.hidden = self.walk.forward(self.walk.restored(i, stored), i, self.hidden)
 
     @one_thread()
     def finish(self, head: Tensor | None = None) -> dict[str, float]:

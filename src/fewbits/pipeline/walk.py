@@ -9,7 +9,7 @@ without ever holding either model.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from fewbits.model import Experts, Site, Source, fold, get_weight, set_weight
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.forward import run
 from fewbits.pipeline.inputs import common_scheme, quantize_inputs, require_finite
+from fewbits.pipeline.precision import PRECISIONS
 from fewbits.plan import Plan, Recipe
 from fewbits.solve import Nearest
 from fewbits.stats import Stats, loss
@@ -137,8 +138,8 @@ class Walk:
         return block
 
     def forward(self, block: nn.Module, i: int, hidden: Tensor) -> Tensor:
-        """One batch ``[rows, tokens, width]`` through a block, float32."""
-        with self._precision():
+        """A batch of few rows ``[rows, tokens, width]`` through a block, float32; no thread count changes it."""
+        with PRECISIONS[self.plan.compute].few_rows(), self._precision():
             return self._call(block, i, hidden)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
@@ -170,14 +171,14 @@ class Walk:
 
     @contextmanager
     def _precision(self) -> Iterator[None]:
-        context = torch.autocast("cpu", torch.bfloat16) if self.plan.compute == "bf16" else nullcontext()
-        with torch.no_grad(), context:
+        with torch.no_grad(), PRECISIONS[self.plan.compute].context():
             yield
 
     def _observe(self, stats: dict[int, Stats], stage: int, x: Tensor, needs: frozenset[str]) -> None:
         if stage not in stats:
             stats[stage] = Stats.empty(x.shape[-1], needs)
-        stats[stage].update(x.bfloat16() if self.plan.compute == "bf16" else x.float())
+        precision = PRECISIONS[self.plan.compute]
+        stats[stage].update(x.to(precision.observed), precision.gram_)
 
     def _transform(self, block: nn.Module, i: int, acts: Acts, recipes: Mapping[str, Recipe]) -> None:
         """Fit every transform at every site to the original block's statistics, then fold all of them in."""

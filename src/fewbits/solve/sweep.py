@@ -57,15 +57,7 @@ class Sweep:
         if stats is None:
             raise RequestError("the sweep needs the gram matrix of the layer's inputs; calibrate, or use Nearest")
         grid = tied(grid, [w])
-        H = stats.gram.to(w.dtype)
-        dead = H.diagonal() <= 0
-        diagonal = torch.where(dead, 1, H.diagonal())
-        perm = (
-            torch.argsort(diagonal, descending=True, stable=True)
-            if self.order == "activation"
-            else torch.arange(len(H))
-        )
-        U, used = inverse_factor(H[perm][:, perm], dead[perm], self.damp)
+        perm, U, diagonal, used, dead = self._factored(stats, w.dtype)
         columns = w.shape[1]
         static = self.static or grid.period == -1 or grid.period >= columns
         importance = diagonal if self.importance else None
@@ -81,6 +73,22 @@ class Sweep:
             params = params | {"g_idx": index[back].int()}
         meta = {"loss": float(loss), "damp": used["damp"], "float64": used["float64"], "dead": float(dead.sum())}
         return Quantized(grid, codes[:, back].contiguous(), params, meta=meta)
+
+    def _factored(self, stats: Stats, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, float], Tensor]:
+        """The order of the columns, U in that order, the gram's diagonal, how U came about, and which columns are dead.
+
+        Layers that read the same inputs share them.
+        """
+        key = ("factor", self.order, self.damp, dtype, stats.gram._version)
+        if key not in stats.memo:
+            H = stats.gram.to(dtype)
+            dead = H.diagonal() <= 0
+            diagonal = torch.where(dead, 1, H.diagonal())
+            activation = self.order == "activation"
+            perm = torch.argsort(diagonal, descending=True, stable=True) if activation else torch.arange(len(H))
+            U, used = inverse_factor(H[perm][:, perm], dead[perm], self.damp)
+            stats.memo[key] = perm, U, diagonal, used, dead
+        return stats.memo[key]
 
 
 def sweep(w: Tensor, U: Tensor, grid: Grid, params: Params, index: Tensor) -> tuple[Tensor, Tensor]:

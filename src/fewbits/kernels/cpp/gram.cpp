@@ -73,6 +73,11 @@ void add_square(const GramJob &job, const Packed &packed, std::int64_t chunk, st
     const std::int64_t j1 = std::min(j0 + panels_per_task, packed.panels);
     for (std::int64_t j = j0; j < j1; ++j) {
         for (std::int64_t i = i0; i < std::min(i1, j + 1); ++i) {
+            if (packed.k.multiply_into && (j + 1) * panel <= job.columns) {
+                float *g = job.g + i * panel * job.columns + j * panel;
+                packed.k.multiply_into(packed.at(chunk, i), packed.at(chunk, j), g, job.columns);
+                continue;
+            }
             packed.k.multiply(packed.at(chunk, i), packed.at(chunk, j), out);
             add_block(job, panel, i * panel, j * panel, out);
         }
@@ -91,8 +96,9 @@ void mirror(const GramJob &job, int panel, std::int64_t begin, std::int64_t end)
 
 }  // namespace
 
-void add_gram(const GramJob &job, int threads) {
-    const GramKernels &k = kernels(job.bfloat);
+void add_gram(const GramJob &job, int threads) { add_gram(job, kernels(job.bfloat), threads); }
+
+void add_gram(const GramJob &job, const GramKernels &k, int threads) {
     const int panel = k.panel;
     const std::int64_t panels = (job.columns + panel - 1) / panel;
     const std::int64_t squares = (panels + panels_per_task - 1) / panels_per_task;

@@ -12,8 +12,6 @@ struct GramJob {
     bool bfloat;  // bfloat16, else float32
 };
 
-void add_gram(const GramJob &job, int threads);
-
 constexpr int widest_panel = 48;
 
 struct GramKernels {
@@ -27,7 +25,12 @@ struct GramKernels {
     // Around the calls of one thread: claims and gives back what a multiplication unit needs. May be null.
     void (*enter)(void *saved);
     void (*leave)(const void *saved);
+    // The same added to a block of G, whose rows are `stride` apart. May be null.
+    void (*multiply_into)(const void *a, const void *b, float *g, std::int64_t stride) = nullptr;
 };
+
+void add_gram(const GramJob &job, int threads);  // kernels for this CPU and the type of x
+void add_gram(const GramJob &job, const GramKernels &k, int threads);
 
 const GramKernels &gram_portable();
 const GramKernels &gram_avx2();

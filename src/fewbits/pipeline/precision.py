@@ -1,0 +1,47 @@
+"""What calibration's products are computed in, by the name that ``--compute`` gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewbits import kernels
+from fewbits.kernels import fixed
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Forward passes run inside ``context()``; inputs are observed as ``observed`` and added up by ``gram_(G, x)``.
+
+    ``few_rows()`` is entered for passes of few rows, whose products libraries round differently with the number of
+    threads.
+    """
+
+    context: Callable[[], AbstractContextManager[Any]]
+    observed: torch.dtype
+    gram_: Callable[[Tensor, Tensor], None]
+    few_rows: Callable[[], AbstractContextManager[Any]] = kernels.one_thread
+
+
+def _autocast() -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+PRECISIONS = {
+    "bf16": Precision(_autocast, torch.bfloat16, kernels.gram_),
+    "fp32": Precision(nullcontext, torch.float32, kernels.gram_),
+    "fixed": Precision(fixed.FixedPoint, torch.float32, fixed.fixed_gram_, nullcontext),
+}
+
+
+def default_compute() -> str:
+    """The fastest on this processor: bf16 where it multiplies bfloat16 natively, fixed where AVX2 is the widest it has,
+    else fp32."""
+    if kernels.multiplies_bf16():
+        return "bf16"
+    return "fixed" if kernels.level() == "avx2" else "fp32"

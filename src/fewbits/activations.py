@@ -152,9 +152,8 @@ class Inputs:
         if not self.scheme.outliers:
             codes, scale = self.encode(x)
             return _flat(codes * scale, x)
-        kept, loud = half(x), loud_columns(half(x), self.scheme.outliers)
-        codes, scale = self.encode(x)
-        return torch.where(loud, kept.to(codes.dtype), codes * scale).to(x.dtype)
+        codes, absmax, loud = self.vectorwise(x)
+        return torch.where(loud, x, codes * (absmax / self.scheme.largest)).to(x.dtype)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``(codes, scale)``: codes as floating-point numbers of the format, float32 (float64 for float64 ``x``).
@@ -163,16 +162,26 @@ class Inputs:
         ``[..., blocks, 1]`` per block. Columns that are kept from quantization have code 0.
         """
         a, s = real(x), self.scheme
+        if s.outliers:
+            codes, absmax, _ = self.vectorwise(x)
+            return codes, absmax / s.largest
         if s.granularity == "block":
             a = a.reshape(*a.shape[:-1], -1, s.block)
-        if s.outliers:
-            a = half(x).to(a.dtype)
-            loud = a.abs() >= s.outliers
-            absmax = _positive(a.abs().masked_fill(loud, 0).amax(-1, keepdim=True))
-            a = a.masked_fill(loud.reshape(-1, a.shape[-1]).any(0), 0)
-            return self._round(a * (s.largest / absmax)), absmax / s.largest  # bitsandbytes' order: ties are common
         scale = self._scale(a)
         return self._round(a / scale), scale
+
+    def vectorwise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``(codes [..., in], absmax [..., 1], loud [in])`` of LLM.int8(): ``loud`` columns are not quantized.
+
+        As in bitsandbytes, to the bit: everything is decided on ``x`` in float16; a column is loud when any value in
+        it reaches the threshold; such values, not such columns, are left out of a token's absmax; and codes are
+        ``round(x * (127 / absmax))``, not ``round(x / (absmax / 127))``: ties are common.
+        """
+        a, s = half(x).to(real(x).dtype), self.scheme
+        reach = a.abs() >= s.outliers
+        absmax = _positive(a.abs().masked_fill(reach, 0).amax(-1, keepdim=True))
+        loud = reach.reshape(-1, a.shape[-1]).any(0)
+        return self._round(a.masked_fill(loud, 0) * (s.largest / absmax)), absmax, loud
 
     def _round(self, a: Tensor) -> Tensor:
         codes = ELEMENTS[self.scheme.element].nearest(a)
@@ -212,13 +221,8 @@ def real(x: Tensor) -> Tensor:
 
 
 def half(x: Tensor) -> Tensor:
-    """As float16, what lies beyond its range at its ends: LLM.int8 works on 16-bit inputs."""
+    """As float16, what lies beyond its range at its ends: LLM.int8() chooses codes for 16-bit inputs."""
     return x.clamp(-65504, 65504).half()
-
-
-def loud_columns(x: Tensor, threshold: float) -> Tensor:
-    """bool ``[in]``: columns in which any token of ``x [..., in]`` reaches ``threshold`` in magnitude."""
-    return (x.abs() >= threshold).reshape(-1, x.shape[-1]).any(0)
 
 
 def histogram(x: Tensor) -> Tensor:

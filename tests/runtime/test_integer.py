@@ -5,7 +5,7 @@ import torch
 
 from fewbits.activations import PRESETS, Activations, Inputs
 from fewbits.errors import RequestError
-from fewbits.grids import Int
+from fewbits.grids import Int, Vectorwise
 from fewbits.kernels import int8, w8a8
 from fewbits.runtime.linear import QuantLinear
 from fewbits.tensor import Quantized
@@ -140,17 +140,24 @@ def test_slower_ways_are_said_once(caplog):
     assert caplog.text.count("operands are dequantized") == 1
 
 
-def test_bitsandbytes_computes_the_same():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 64])
+@pytest.mark.parametrize("loud", [20.0, 1.0])
+def test_every_rounding_is_that_of_bitsandbytes(dtype, tokens, loud):
+    """Not one bit differs: the constant of its CPU code, the order of products, the columns left in 16 bits."""
     bnb = pytest.importorskip("bitsandbytes")
-    x, w = planted(20.0)
-    x = x[:64]
-    codes, absmax, _ = bnb.functional.int8_vectorwise_quant(w.half())
-    q = quantized(w.half().float(), LLM)
-    assert (q.codes.int() - 128 - codes.int()).abs().max() <= 1
-    assert torch.allclose(q.params["scale"][:, 0] * 127, absmax.float(), rtol=1e-6)
-    layer = bnb.nn.Linear8bitLt(512, 256, bias=False, has_fp16_weights=False, threshold=6.0)
-    layer.weight = bnb.nn.Int8Params(w.half(), requires_grad=False, has_fp16_weights=False)
-    layer = layer.to("cpu").eval()  # while training it multiplies the inputs as they are
-    theirs = layer(x.half()).float()
-    ours = QuantLinear.from_quantized(q)(x.half()).float()
-    assert float((ours - theirs).norm() / theirs.norm()) < 2e-3
+    x, w = planted(loud)
+    x, w = (x[:tokens] if loud > 1 else x[:tokens].clamp(-5, 5)).to(dtype), w.to(dtype)
+    bias = torch.randn(256, generator=torch.Generator().manual_seed(1)).to(dtype)
+    theirs = bnb.nn.Linear8bitLt(512, 256, has_fp16_weights=False, threshold=6.0)
+    theirs.weight = bnb.nn.Int8Params(w.half(), requires_grad=False, has_fp16_weights=False)
+    theirs.bias = torch.nn.Parameter(bias, requires_grad=False)
+    theirs = theirs.to("cpu").eval()  # while training it multiplies the inputs as they are
+    grid = Vectorwise()
+    p = grid.fit(w.float())
+    q = Quantized(grid, grid.encode(w.float(), p), p, inputs=Inputs(LLM))
+    codes, absmax, columns = bnb.functional.int8_vectorwise_quant(x.half(), threshold=6.0)
+    found = Inputs(LLM).vectorwise(x)
+    assert torch.equal(found[0], codes.float()) and torch.equal(found[1][:, 0], absmax)
+    assert torch.equal(found[2].nonzero()[:, 0], columns)
+    assert torch.equal(QuantLinear.from_quantized(q, bias)(x), theirs(x))

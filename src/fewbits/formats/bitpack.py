@@ -31,10 +31,14 @@ def whole(bits: int) -> int:
 def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
     """Pack ``codes`` along ``dim``; higher bits of a code are dropped, unused bits of the last word are 0.
 
-    ``codes`` is any integer dtype, ``bits`` 1 to 8; the result is contiguous int32, ``words(n, bits)`` along ``dim``.
+    ``codes`` is any integer dtype, ``bits`` 1 to 8, or 16 for codes int16; the result is contiguous int32,
+    ``words(n, bits)`` along ``dim``.
     """
     rows = codes.movedim(dim, -1)
     n = rows.shape[-1]
+    if bits == 16:
+        even = torch.nn.functional.pad(rows.to(torch.int16), (0, n % 2)).contiguous()
+        return even.view(torch.int32).movedim(-1, dim).contiguous()
     blocks = -(-n // 8)
     stream = torch.zeros(*rows.shape[:-1], blocks, dtype=torch.int64, device=codes.device)
     for j in range(min(8, n)):  # 8 codes are `bits` bytes: the pattern repeats
@@ -49,8 +53,10 @@ def pack(codes: Tensor, bits: int, dim: int = -1) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, count: int, dim: int = -1) -> Tensor:
-    """The first ``count`` codes along ``dim`` as contiguous uint8; the inverse of :func:`pack`."""
+    """The first ``count`` codes along ``dim`` as contiguous uint8, int16 for 16 bits; the inverse of :func:`pack`."""
     rows = packed.movedim(dim, -1).contiguous()
+    if bits == 16:
+        return rows.view(torch.int16)[..., :count].movedim(-1, dim).contiguous()
     blocks = -(-count // 8)
     pieces = rows.view(torch.uint8)
     if pieces.shape[-1] < blocks * bits:

@@ -26,7 +26,7 @@ from fewbits.activations import Activations
 from fewbits.errors import CheckpointError, RequestError
 from fewbits.formats import bitpack, common, inputs
 from fewbits.formats.base import Entry, Refusal
-from fewbits.grids import Float, Grid, Int, Table, Vectorwise, groups_of
+from fewbits.grids import Float, Grid, Int, Int16, Table, Vectorwise, groups_of
 from fewbits.grids.double import BLOCK
 from fewbits.tensor import Quantized
 
@@ -84,6 +84,11 @@ def _vectorwise_params(g: Vectorwise, shape: tuple[int, int]) -> dict[str, Spec]
     return {"absmax": Spec((shape[0], 1), torch.float32)}
 
 
+def _int16_params(g: Int16, shape: tuple[int, int]) -> dict[str, Spec]:
+    found = {"scale": Spec((shape[0], groups_of(shape[1], g.group)), torch.float32)}
+    return found | {"g_idx": Spec((shape[1],), torch.int32, optional=True)}
+
+
 def _no_reasons(g: Grid, shape: tuple[int, int]) -> Iterator[str]:
     yield from ()
 
@@ -96,6 +101,7 @@ KINDS: dict[str, Kind] = {
         Float, ("element", "group", "rows", "scale"), lambda g: g.bits, _float_params, lambda g, shape: iter(())
     ),
     "Table": Kind(Table, ("codebook", "group", "nested"), lambda g: g.bits, _table_params, _no_reasons),
+    "Int16": Kind(Int16, ("group",), lambda g: g.bits, _int16_params, _no_reasons),
     "Vectorwise": Kind(Vectorwise, (), lambda g: g.bits, _vectorwise_params, _no_reasons),
 }
 

@@ -8,6 +8,7 @@ from fewbits.grids.named import NAMED_GRIDS
 from fewbits.grids.table import Table
 from fewbits.grids.uniform import Int, clip_ratios
 from fewbits.grids.vectorwise import Vectorwise
+from fewbits.grids.wide import Int16
 
 __all__ = [
     "BLOCK_TYPES",
@@ -16,6 +17,7 @@ __all__ = [
     "Float",
     "Grid",
     "Int",
+    "Int16",
     "Params",
     "Table",
     "Vectorwise",

@@ -7,11 +7,13 @@ from fewbits.grids.minifloat import Float
 from fewbits.grids.table import Table
 from fewbits.grids.uniform import Int
 from fewbits.grids.vectorwise import Vectorwise
+from fewbits.grids.wide import Int16
 
 MX, NV = {"group": 32, "scale": "e8m0"}, {"group": 16, "scale": "e4m3"}
 
 NAMED_GRIDS: dict[str, Grid] = {
     **{f"int{bits}": Int(bits, 128) for bits in range(2, 9)},
+    "int16": Int16(),
     "fp8": Float("e4m3"),
     "fp8-e5m2": Float("e5m2"),
     "fp8-block": Float("e4m3", 128, 128),

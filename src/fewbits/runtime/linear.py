@@ -60,11 +60,11 @@ class QuantLinear(nn.Module):
         """Take the weight. Raises RequestError when its shape is not ``(out_features, in_features)``."""
         if q.shape != (self.out_features, self.in_features):
             raise RequestError(f"weight of shape {q.shape} given, the layer is {(self.out_features, self.in_features)}")
+        self._integer = IntegerWeight.of(q)
         if isinstance(q.grid, Vectorwise):
             grid, params = q.grid.uniform(q.params)
             q = Quantized(grid, q.codes, params, q.residual, inputs=q.inputs)
         self.grid, self.inputs, self._loose = q.grid, q.inputs, None
-        self._integer = IntegerWeight.of(q)
         self._packed = None if self._integer else packing.pack(q)
         self._kept = q.params if self._packed is not None and not isinstance(q.grid, Int) else {}
         self._twin = twin.pack(q) if self._packed is None and self._integer is None else None
@@ -78,8 +78,7 @@ class QuantLinear(nn.Module):
                 self._told = True
                 say(self.inputs, self.grid, x.device.type, self._integer is not None)
             if self._integer is not None and not (x.requires_grad and torch.is_grad_enabled()):
-                y = self._integer.matmul(x, self.inputs)
-                return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
+                return self._integer.matmul(x, self.inputs, self.bias)
             x = _straight(x, self.inputs) if x.requires_grad and torch.is_grad_enabled() else self.inputs(x)
         p, fused = self._packed, x.dtype in qlinear.DTYPES and not (x.requires_grad and torch.is_grad_enabled())
         if fused and self._twin is not None and x.device == self._twin.device:

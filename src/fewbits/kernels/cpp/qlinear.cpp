@@ -140,7 +140,8 @@ class Packed {
     Packed(int code, int64_t out, int64_t in, int64_t group, nb::tuple addresses, int scale_dtype) {
         w_ = {pointer<uint32_t>(nb::cast<uintptr_t>(addresses[0])), pointer<void>(nb::cast<uintptr_t>(addresses[1])),
               pointer<uint8_t>(nb::cast<uintptr_t>(addresses[2])), pointer<int32_t>(nb::cast<uintptr_t>(addresses[3])),
-              pointer<float>(nb::cast<uintptr_t>(addresses[4])), static_cast<Dtype>(scale_dtype), code, bits_of(code), out, in, group, (in + group - 1) / group};
+              pointer<float>(nb::cast<uintptr_t>(addresses[4])), static_cast<Dtype>(scale_dtype), code, bits_of(code), out, in, group, (in + group - 1) / group, {}};
+        if (w_.table) w_.ints = int_table(w_.table);
     }
 
     void pack(uintptr_t codes, int threads) const {

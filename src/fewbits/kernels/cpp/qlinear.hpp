@@ -39,6 +39,19 @@ constexpr float gain_of(int code) { return code == kE4M3 ? 0x1p60f : code == kE5
 constexpr int kChunk = 128;
 constexpr float kLowStep = 1.0f / (1 << 15);  // of a low part, in steps of the high part
 
+// A table in whole numbers: table[i] is value[i] * step up to half a step. A small table is these numbers exactly (E2M1 in halves,
+// ternary), and with an offset they are bytes: four products of two of them by bytes of x, 4 * 2 * kSmall * 128, fit 16 bits.
+constexpr int kSmall = 31, kWide = 32767;
+
+struct IntTable {
+    int16_t value[16];
+    float step;
+    int offset;  // of a small table: value + offset is in 0..kSmall
+    bool small;
+};
+
+IntTable int_table(const float* table);  // see qlinear_prepare.cpp
+
 struct Weight {
     const uint32_t* codes;
     const void* scale;
@@ -51,6 +64,7 @@ struct Weight {
     int64_t out, in;
     int64_t group;   // columns of a full group
     int64_t groups;  // the last one may be shorter
+    IntTable ints;   // of table
 
     int64_t blocks() const { return (out + kRows - 1) / kRows; }
     int64_t columns_of(int64_t g) const { return g + 1 < groups ? group : in - group * (groups - 1); }
@@ -61,6 +75,9 @@ struct Weight {
     // Groups that end in the middle of a unit leave holes between packed columns.
     int64_t chunks_of(int64_t g) const { return (columns_of(g) + kChunk - 1) / kChunk; }
     int64_t chunks() const { return (groups - 1) * chunks_of(0) + chunks_of(groups - 1); }
+    // Tables: the chunks of this many neighbours share a power of two, so that small groups need none of their own.
+    int64_t span() const { return group < kChunk ? kChunk / group : 1; }
+    int64_t spans() const { return (chunks() + span() - 1) / span(); }
     bool straight() const { return order == nullptr && (groups == 1 || group % unit_columns(code) == 0); }
 };
 
@@ -68,7 +85,8 @@ struct Weight {
 struct Product {
     const void* x;        // prepared activations, interleaved by batch: float32 [padded][batch] or pairs of bfloat16 or int16
     const uint32_t* low;  // fixed point: the pairs' low parts, or null when the high parts are exact enough
-    const float* steps;   // fixed point: [chunks][batch]
+    const float* steps;   // fixed point: [chunks][batch]; tables: [spans][batch]
+    const int32_t *start, *low_start;  // small tables: what the sums of each chunk begin with, [chunks][batch]
     const float* sums;   // [groups][batch]: sum of x over each group
     const float* bias;   // [out] or null
     void* y;             // [batch][out]
@@ -94,6 +112,10 @@ struct Kernels {
     ProductFn product_fixed;  // x as pairs of int16 (see prepare_fixed); null where product is as fast
     DequantizeFn dequantize;
     int quads = 0;  // up to this many rows, product takes x by four columns of a table's unit (see place_quad)
+    // Tables, for up to `few` rows of fixed-point x; null where looking floats up is as fast.
+    ProductFn product_small = nullptr;  // small tables: x in bytes (see prepare_small)
+    ProductFn product_wide = nullptr;   // others, in 16 bits: x of 16 bits (see prepare_wide)
+    int few = 0;
 };
 
 // Contiguous rows of activations.

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 namespace fewbits::qlinear {
@@ -29,6 +30,7 @@ float to_float(const void* x, Dtype dtype, int64_t i) {
 struct Scratch {
     std::vector<float> x, sums, steps;
     std::vector<uint32_t> pairs, low;
+    std::vector<int32_t> start;
 };
 
 Scratch& scratch() {
@@ -117,8 +119,9 @@ struct Chunk {
 // The nearest integer, ties to even, of |v| < 2**22.
 inline float nearest(float v) { return (v + 12582912.0f) - 12582912.0f; }
 
-// Splits `count` values; the rest of the chunk becomes 0. False when they are no fixed-point numbers: infinite, NaN, all tiny.
-bool split(Chunk& c, int64_t count, Dtype dtype) {
+// Splits `count` values into high parts below 2**bits and low parts; the rest of the chunk becomes 0. False when they are no
+// fixed-point numbers: infinite, NaN, all tiny.
+bool split(Chunk& c, int64_t count, Dtype dtype, int bits) {
     int32_t most = 0;
     for (int64_t i = 0; i < count; ++i) {
         int32_t u;
@@ -128,12 +131,12 @@ bool split(Chunk& c, int64_t count, Dtype dtype) {
     }
     const int exponent = (most >> 23) - 126;  // the largest magnitude is below 2**exponent
     if (most != 0 && (exponent < -60 || exponent > 100)) return false;
-    c.step = most == 0 ? 1.0f : std::ldexp(1.0f, exponent - 15);
-    const float by = 1.0f / c.step, low_by = 1.0f / kLowStep;
+    c.step = most == 0 ? 1.0f : std::ldexp(1.0f, exponent - bits);
+    const float by = 1.0f / c.step, low_by = 1.0f / kLowStep, top = float((1 << bits) - 1);
     float lost = 0.0f, total = 0.0f;
     int32_t high_sum = 0, low_sum = 0;
     for (int64_t i = 0; i < count; ++i) {
-        const float v = c.values[i] * by, h = nearest(v) > 32767.0f ? 32767.0f : nearest(v);  // by: a power of two, exact
+        const float v = c.values[i] * by, h = nearest(v) > top ? top : nearest(v);  // by: a power of two, exact
         const float l = nearest((v - h) * low_by) > 32767.0f ? 32767.0f : nearest((v - h) * low_by);
         c.high[i] = int16_t(int32_t(h));
         c.low[i] = int16_t(int32_t(l));
@@ -175,7 +178,7 @@ bool prepare_fixed(const Weight& w, const Rows& x, Scratch& s, Product& p) {
             const int64_t room = padded - at < kChunk ? padded - at : kChunk;
             for (int64_t m = 0; m < batch; ++m) {
                 gather(w, x, m, g * w.group + at, count, c.values);
-                if (!split(c, count, x.dtype)) return false;
+                if (!split(c, count, x.dtype, 15)) return false;
                 s.steps[size_t(chunk * batch + m)] = c.step;
                 s.sums[size_t(g * batch + m)] += c.high_sum * c.step;
                 low_sums[size_t(g * batch + m)] += c.low_sum * (c.step * kLowStep);
@@ -197,12 +200,86 @@ bool prepare_fixed(const Weight& w, const Rows& x, Scratch& s, Product& p) {
     return true;
 }
 
+// Splits every span of every row of x for a table into numbers below 2**14, and says whether low parts are needed (as in
+// prepare_fixed). Then visit(place of 8 columns among [units][batch][8], j, the chunk's number, high and low part) for each
+// column. False when x needs floats.
+template <class Visit>
+bool each_column(const Weight& w, const Rows& x, Scratch& s, bool* coarse, const Visit& visit) {
+    const int64_t full = w.units_of(0);
+    Chunk c;
+    *coarse = false;
+    s.steps.resize(size_t(w.spans() * x.rows));
+    for (int64_t m = 0; m < x.rows; ++m) {
+        for (int64_t first = 0, span = 0, chunk = 0, g = 0, at = 0; first < w.in; ++span) {
+            // `at` columns of group g lie before this span.
+            const int64_t left = w.group < kChunk ? w.span() * w.group : w.group - at, rest = w.in - first;
+            int64_t count = left < kChunk ? left : kChunk;
+            count = count < rest ? count : rest;
+            gather(w, x, m, first, count, c.values);
+            if (!split(c, count, x.dtype, 14)) return false;
+            s.steps[size_t(span * x.rows + m)] = c.step * w.ints.step;
+            *coarse |= c.coarse;
+            for (int64_t i = 0; i < count; ++i) {
+                visit(((g * full + at / 8) * x.rows + m) * 8, at & 7, chunk * x.rows + m, c.high[i], c.low[i]);
+                if (++at == w.group) at = 0, ++g;
+                if (at % kChunk == 0) ++chunk;
+            }
+            first += count;
+        }
+    }
+    return true;
+}
+
+// x for small tables: two bytes a number, 256 * high + low, both signed; of a unit and row 16 bytes: the high ones in the order
+// of place_quad, then the low ones.
+bool prepare_small(const Weight& w, const Rows& x, Scratch& s, Product& p) {
+    const int64_t sums = w.chunks() * x.rows;
+    for (auto* part : {&s.pairs, &s.low}) part->assign(size_t(w.padded() / 2 * x.rows), 0);
+    s.start.assign(size_t(2 * sums), 0);
+    auto *high = reinterpret_cast<int8_t*>(s.pairs.data()), *low = reinterpret_cast<int8_t*>(s.low.data());
+    bool coarse;
+    const bool all = each_column(w, x, s, &coarse, [&](int64_t unit, int64_t j, int64_t chunk, int h, int l) {
+        const int64_t to = 2 * unit + place_quad(j, 0, 1);
+        high[to] = int8_t((h + 128) >> 8), high[to + 8] = int8_t(h);
+        low[to] = int8_t((l + 128) >> 8), low[to + 8] = int8_t(l);
+        s.start[size_t(chunk)] -= w.ints.offset * h;
+        s.start[size_t(sums + chunk)] -= w.ints.offset * l;
+    });
+    p.x = s.pairs.data();
+    p.low = coarse ? s.low.data() : nullptr;
+    p.steps = s.steps.data();
+    p.start = s.start.data();
+    p.low_start = s.start.data() + sums;
+    return all;
+}
+
+// x for tables in 16 bits: int16 [units][batch][8] in the order of place_quad. False also where x needs low parts.
+bool prepare_wide(const Weight& w, const Rows& x, Scratch& s, Product& p) {
+    s.pairs.assign(size_t(w.padded() / 2 * x.rows), 0);
+    auto* out = reinterpret_cast<int16_t*>(s.pairs.data());
+    bool coarse;
+    const bool all = each_column(w, x, s, &coarse, [&](int64_t unit, int64_t j, int64_t, int h, int) {
+        out[unit + place_quad(j, 0, 1)] = int16_t(h);
+    });
+    p.x = s.pairs.data();
+    p.steps = s.steps.data();
+    return all && !coarse;
+}
+
+ProductFn prepare_table(const Kernels& k, const Weight& w, const Rows& x, Scratch& s, Product& p) {
+    if (p.batch > k.few) return nullptr;
+    if (w.ints.small) return prepare_small(w, x, s, p) ? k.product_small : nullptr;
+    return x.dtype != Dtype::f32 && prepare_wide(w, x, s, p) ? k.product_wide : nullptr;
+}
+
 }  // namespace
 
 ProductFn prepare(const Kernels& k, const Weight& w, const Rows& x, Product& p) {
     Scratch& s = scratch();
     p.batch = int(x.rows);
-    ProductFn run = k.product;
+    ProductFn run = w.code == kTable ? prepare_table(k, w, x, s, p) : nullptr;
+    if (run) return run;
+    run = k.product;
     if (x.dtype == Dtype::bf16 && k.product_bf16 && w.code < 8) {
         p.x = prepare_pairs(w, static_cast<const uint16_t*>(x.x), p.batch, s);
         run = k.product_bf16;
@@ -214,6 +291,31 @@ ProductFn prepare(const Kernels& k, const Weight& w, const Rows& x, Product& p) 
     }
     p.sums = s.sums.data();
     return run;
+}
+
+IntTable int_table(const float* table) {
+    float values[16], least = 0.0f, most = 0.0f;
+    for (int i = 0; i < 16; ++i) {
+        values[i] = std::isfinite(table[i]) ? table[i] : 0.0f;  // others belong to codes that no weight has
+        const float size = std::fabs(values[i]);
+        most = size > most ? size : most;
+        if (size > 0.0f && (least == 0.0f || size < least)) least = size;
+    }
+    IntTable t{};
+    t.step = most == 0.0f ? 1.0f : least;
+    t.small = most <= kSmall * t.step;
+    int low = 0, high = 0;
+    for (int i = 0; i < 16 && t.small; ++i) {
+        const float n = nearest(values[i] / t.step);
+        t.small = std::fabs(values[i] - n * t.step) <= 0x1p-22f * std::fabs(values[i]);  // values may have been rounded
+        low = int(n) < low ? int(n) : low;
+        high = int(n) > high ? int(n) : high;
+    }
+    t.small = t.small && high - low <= kSmall;
+    t.offset = t.small ? -low : 0;
+    if (!t.small) t.step = most / kWide;
+    for (int i = 0; i < 16; ++i) t.value[i] = int16_t(nearest(values[i] / t.step));
+    return t;
 }
 
 }  // namespace fewbits::qlinear

@@ -1,10 +1,14 @@
-"""llama.cpp's own quantizers, when the environment variable FEWBITS_GGML names a shared library that has them."""
+"""llama.cpp's own quantizers: FEWBITS_GGML names a shared library that has them, FEWBITS_LLAMA_QUANTIZE the program
+llama-quantize (or it is on the PATH)."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import shutil
+import subprocess
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +37,17 @@ def quantize(number: int, row_bytes: int, x: np.ndarray, importance: np.ndarray 
     written = library().ggml_quantize_chunk(number, x.ctypes.data, out.ctypes.data, 0, *x.shape, pointer)
     assert written == out.size
     return out
+
+
+def llama_quantize(source: Path, out: Path, mixture: str, imatrix: Path | None = None, threads: int = 1) -> None:
+    """Run llama-quantize on a dense GGUF file; skips the test when there is none."""
+    program = os.environ.get("FEWBITS_LLAMA_QUANTIZE") or shutil.which("llama-quantize")
+    if not program:
+        pytest.skip("there is no llama-quantize; put it on the PATH or name it in FEWBITS_LLAMA_QUANTIZE")
+    extra = ["--imatrix", str(imatrix)] if imatrix else []
+    command = [program, *extra, str(source), str(out), mixture.upper(), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    assert not done.returncode, done.stderr[-2000:]
 
 
 class _Any(ctypes.Structure):

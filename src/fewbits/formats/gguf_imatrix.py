@@ -33,8 +33,8 @@ class Imatrix:
     chunk_size: int = field(default=512)
 
     def mean_squares(self) -> dict[str, Tensor]:
-        """What the searches take. A tensor that was never observed is left out: it is searched without importance."""
-        return {n: s / self.counts[n] for n, s in self.sums.items() if self.counts[n] > 0}
+        """What the searches take. The inputs of a tensor that was never observed weigh alike, as llama-quantize has it."""
+        return {n: s / c if (c := self.counts[n]) > 0 else torch.ones_like(s) for n, s in self.sums.items()}
 
     def write(self, path: Path) -> None:
         """The old format for a name that ends in ``.dat``, else the new one."""

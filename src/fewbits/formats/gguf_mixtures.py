@@ -105,18 +105,17 @@ MIXTURES: dict[str, Mixture] = {
             Rule("ffn_down", "q5_k", first(16)),
             Rule("ffn_down", "q4_k"),
             Rule("attn_output", "q4_k"),
-            Rule("attn_qkv", "q4_k"),
         ),
     ),
     "q3_k_l": Mixture(
         "q3_k",
         13,
-        (Rule("attn_v", "q5_k"), Rule("ffn_down", "q5_k"), Rule("attn_output", "q5_k"), Rule("attn_qkv", "q4_k")),
+        (Rule("attn_v", "q5_k"), Rule("ffn_down", "q5_k"), Rule("attn_output", "q5_k")),
     ),
     "q4_k_s": Mixture("q4_k", 14, (Rule("attn_v", "q5_k", below(4)), Rule("ffn_down", "q5_k", first(8)))),
-    "q4_k_m": Mixture("q4_k", 15, (*_M, Rule("attn_qkv", "q5_k"))),
+    "q4_k_m": Mixture("q4_k", 15, _M),
     "q5_k_s": _only("q5_k", 16),
-    "q5_k_m": Mixture("q5_k", 17, (*_M, Rule("attn_qkv", "q6_k"))),
+    "q5_k_m": Mixture("q5_k", 17, _M),
     "q6_k": _only("q6_k", 18),
     "q8_0": _only("q8_0", 7),
     "q4_0": Mixture("q4_0", 2, (Rule("ffn_down", "q4_1", first(8), weighted),)),
@@ -131,6 +130,9 @@ MIXTURES: dict[str, Mixture] = {
     "bf16": _only("bf16", 32),
     "f32": _only("f32", 0),
 }
+
+# A fused matrix gets what the most sensitive of its parts would get.
+FUSED = {"attn_qkv": "attn_v"}
 
 # What takes the place of a type whose blocks of 256 do not divide a row.
 FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
@@ -161,7 +163,7 @@ def wanted(mix: Mixture, name: str, columns: int, model: Model) -> str:
         return "q8_0" if not whole or mix.base == "q8_0" else "q6_k"
     if role == "token_embd":
         return mix.embedding or mix.base
-    layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
+    role, layer = FUSED.get(role, role), int(name.split(".")[1]) if name.startswith("blk.") else 0
     for r in mix.rules:
         if r.role == role and r.layers(layer, model.layers) and r.when(model):
             return _seventy(r.kind, role, model)

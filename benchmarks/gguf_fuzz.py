@@ -2,11 +2,11 @@
 
     python benchmarks/gguf_fuzz.py [--count 5000] [--seed 0] [--keep DIR]
 
-Small sound files of several families (dense and in blocks, byte-level and sentencepiece tokenizers, a split one, an
-importance matrix) are damaged in one to six places, mostly in their headers, and given to ``fewbits.load`` (an importance
-matrix to its reader) in a worker process. Counted are crashes of the worker, exceptions that are not ours, messages of
-more than one line, more than 1 s of processor time, and more than 1 GB above what the worker held before. ``--keep`` keeps
-the files that failed.
+Small sound files of several families (dense and in blocks, a split one, importance matrices of both formats) are
+damaged in one to six places, mostly in their headers, and given to ``fewbits.load`` (an importance matrix to its
+reader) in a worker process. Counted are crashes of the worker, exceptions that are not ours, messages of more than one
+line, more than 1 s of processor time, and more than 1 GB above what the worker held before. ``--keep`` keeps the files
+that failed.
 """
 
 from __future__ import annotations

@@ -23,8 +23,10 @@ import ggml
 from tiny import tiny_model
 
 SIZES = {"hidden_size": 128, "head_dim": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-LOWER = "fox don't I'll we've naïve straße привет мир сөз 中文字符 日本語 テスト 한국어 שלום قراءة 🙂 👩‍👩‍👧 ½ ² Ⅷ".split()
-CASED = "Hello WORLD camelCase HTTPServer I'LL It'S x1 Über ÉCOLE Привет МИР ǅungla हिन्दी ภาษาไทย e\u0301".split()
+LOWER = ["fox", "don't", "I'll", "we've", "naïve", "straße", "привет", "мир", "сөз", "中文字符", "日本語", "テスト"]
+LOWER += ["한국어", "שלום", "قراءة", "🙂", "👩\u200d👩\u200d👧", "½", "²", "Ⅷ"]
+CASED = ["Hello", "WORLD", "camelCase", "HTTPServer", "I'LL", "It'S", "x1", "Über", "ÉCOLE", "Привет", "МИР", "ǅungla"]
+CASED += ["हिन्दी", "ภาษาไทย", "e\u0301"]
 MARKS = [*"()[]{}.,;:!?'\"/\\-_=+*&^%$#@~`|<>", "...", "->", "==", "//", "«", "»", "—", "。", "¿", "€", "1.5", "3,000"]
 NUMBERS = ["0", "7", "42", "365", "2024", "31415926", "٣٤", "१२३"]
 SPACES = [" ", " ", " ", " ", "", "", "  ", "   ", "\t", "\n", "\n\n", " \n", "\r\n", "\n  \t", "\u00a0", "\u3000"]

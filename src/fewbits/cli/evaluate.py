@@ -44,8 +44,8 @@ def command(
     from fewbits.evaluate import evaluate
 
     with Progress("evaluating", "window", "windows") as progress:
-        how = (model, text, ctx, windows, reference, dtype, batch, kv_cache, engine)
-        found = evaluate(*how, on_event=progress).to_json()
+        how = (model, text, ctx, windows, reference, dtype, batch, kv_cache, progress, engine)
+        found = evaluate(*how).to_json()
     report(found)
     if as_json:
         emit(found)

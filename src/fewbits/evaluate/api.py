@@ -5,9 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Iterator
-from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import CheckpointError, RequestError
-from fewbits.evaluate import engines, interval, score
 from fewbits.evaluate import hidden as hiddens
+from fewbits.evaluate import interval, score
 from fewbits.evaluate import text as texts
 from fewbits.evaluate.base import Evaluation, OnEvent
 from fewbits.evaluate.census import census
-from fewbits.evaluate.engines import How, LlamaCpp, Ours
+from fewbits.runtime import engines
 
 _SAMPLE = 20_000  # characters on which two tokenizers must agree
 
@@ -35,8 +32,8 @@ def evaluate(
     dtype: torch.dtype | str | None = None,
     batch: int = 1,
     kv_cache: str | None = None,
-    engine: str = "fewbits",
     on_event: OnEvent | None = None,
+    engine: str = "fewbits",
 ) -> Evaluation:
     """Perplexity of the model at ``path`` and its KL divergence from ``reference`` on the first windows of ``text``.
 
@@ -44,16 +41,17 @@ def evaluate(
     text; None takes ``wikitext2``. ``dtype`` is what both models compute in, so that KL measures quantization and
     nothing else: None is float32 on a CPU. ``batch`` windows go through a model at once. The reference is run first;
     only its hidden states and its output embedding are kept while the second model runs. ``kv_cache`` ("int8", "int4",
-    "int2", "fp8") makes the model at ``path``, not the reference, read its past from a quantized cache. ``engine`` computes
-    the model at ``path``: "fewbits"; for a GGUF file also "llama.cpp", through an installed binding, and "fewbits-q8", our
-    forward pass with the roundings of llama.cpp's CPU code.
+    "int2", "fp8") makes the model at ``path``, not the reference, read its past from a quantized cache. ``engine``
+    computes the model at ``path``: "fewbits"; for a GGUF file also "llama.cpp", through an installed binding, and
+    "fewbits-q8", our forward pass with the roundings of llama.cpp's CPU code.
 
     Raises RequestError for a missing or short text, a ``ctx`` beyond the model's positions, or tokenizers that differ;
     CheckpointError for damaged files.
     """
     started = time.perf_counter()
-    how = How(ctx, _dtype(dtype), _cache(kv_cache))
-    run = _Run(how, windows, max(1, batch), on_event or (lambda event: None), engine)
+    engines.check(engine, kv_cache)
+    run = _Run(ctx, windows, max(1, batch), _dtype(dtype), on_event or (lambda event: None), _cache(kv_cache))
+    run.engine = engine
     name = "wikitext2" if text is None else text
     content = texts.read(name)
     if reference is None:
@@ -66,6 +64,7 @@ def evaluate(
         {
             "model": str(path),
             "reference": None if reference is None else str(reference),
+            "engine": engine,
             "text": str(name),
             "ctx": ctx,
             "windows": windows,
@@ -73,7 +72,7 @@ def evaluate(
             "size_bytes": facts and facts.size_bytes,
             "bits_per_weight": facts and facts.bits_per_weight,
         }
-        | run.facts,
+        | run.cache_facts,
     )
 
 
@@ -88,60 +87,82 @@ def _cache(kind: str | None) -> str | None:
 class _Run:
     """One evaluation: the settings that both models share."""
 
-    def __init__(self, how: How, windows: int, batch: int, tell: OnEvent, engine: str):
-        self.how, self.windows, self.batch, self.tell = how, windows, batch, tell
-        self.engine = engines.engine(engine, how.kv_cache)
-        self.facts: dict[str, Any] = {"kv_cache": how.kv_cache, "engine": engine}
+    def __init__(self, ctx: int, windows: int, batch: int, dtype: torch.dtype, tell: OnEvent, kv_cache: str | None):
+        self.kv_cache, self.engine = kv_cache, "fewbits"
+        self.cache_facts: dict[str, Any] = {"kv_cache": kv_cache}
+        self.ctx, self.windows, self.batch, self.dtype, self.tell = ctx, windows, batch, dtype, tell
 
     def alone(self, path: str | Path, content: str) -> Tensor:
         """NLL, float64 ``[windows * (ctx - 1)]``."""
-        with closing(self.engine(path, self.how)) as q:
-            ids = texts.windows(q.tokenizer, content, self.how.ctx, self.windows)
-            return torch.cat([score.losses(h, q.head, targets) for _, h, targets in self._pieces(q, ids)])
+        model, _, ids = self._open(path, content, self.engine)
+        body, head = hiddens.split(model, ids[0])
+        self._measure(model)
+        found = []
+        for _, some in self._walk(ids, "model"):
+            for row, h in zip(some, hiddens.states(body, some, self.kv_cache), strict=True):
+                found.append(score.losses(h[:-1], head, row[1:]))
+        return torch.cat(found)
 
     def against(self, path: str | Path, reference: str | Path, content: str) -> Tensor:
         """float64 ``[4, windows * (ctx - 1)]``, as :func:`fewbits.evaluate.score.compare`."""
-        with closing(engines.Ours(reference, replace(self.how, kv_cache=None))) as p:
-            ids = texts.windows(p.tokenizer, content, self.how.ctx, self.windows)
-            p.prepare(ids[0])
-            with hiddens.Store(self.windows, self.how.ctx, p.width(ids)) as kept:
-                for first, some in self._walk(ids, "reference"):
-                    for row, _, h in p(some):
-                        kept.put(first + row, h[None])
-                sample = texts.encode(p.tokenizer, content[:_SAMPLE])
-                p.close()
-                gc.collect()
-                return self._second(path, kept, p.head, ids, (content, sample))
+        model, tokenizer, ids = self._open(reference, content)
+        body, head_p = hiddens.split(model, ids[0])
+        width = hiddens.states(body, ids[:1, :2]).shape[-1]
+        with hiddens.Store(self.windows, self.ctx, width) as kept:
+            for first, some in self._walk(ids, "reference"):
+                kept.put(first, hiddens.states(body, some))
+            sample = texts.encode(tokenizer, content[:_SAMPLE])
+            del body, model, tokenizer
+            gc.collect()
+            return self._second(path, kept, head_p, ids, (content, sample))
 
     def _second(
         self, path: str | Path, kept: hiddens.Store, head_p: hiddens.Head, ids: Tensor, agreed: tuple[str, Tensor]
     ) -> Tensor:
-        with closing(self.engine(path, self.how)) as q:
-            content, sample = agreed
-            if not torch.equal(texts.encode(q.tokenizer, content[:_SAMPLE]), sample):
-                raise RequestError(
-                    f"{path} and its reference tokenize the text differently; give the model that it was made from"
-                )
-            found = []
-            for (window, a), h, targets in self._pieces(q, ids):
-                found.append(score.compare((kept[window][a : a + len(h)], head_p), (h, q.head), targets))
-            return torch.cat(found, 1)
-
-    def _pieces(self, q: Ours | LlamaCpp, ids: Tensor) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
-        """((window, first position), what the head of ``q`` takes ``[n, d]``, targets ``[n]``) of all predictions."""
-        q.prepare(ids[0])
-        self.facts |= q.facts()
+        model, tokenizer = self._load(path, self.engine)
+        content, sample = agreed
+        if not torch.equal(texts.encode(tokenizer, content[:_SAMPLE]), sample):
+            raise RequestError(
+                f"{path} and its reference tokenize the text differently; give the model that it was made from"
+            )
+        body, head_q = hiddens.split(model, ids[0])
+        self._measure(model)
+        found = []
         for first, some in self._walk(ids, "model"):
-            for row, a, h in q(some):
-                targets = some[row, a + 1 : a + 1 + len(h)]
-                if len(targets):
-                    yield (first + row, a), h[: len(targets)], targets
+            for i, (row, h) in enumerate(zip(some, hiddens.states(body, some, self.kv_cache), strict=True)):
+                found.append(score.compare((kept[first + i][:-1], head_p), (h[:-1], head_q), row[1:]))
+        return torch.cat(found, 1)
 
-    def _walk(self, ids: Tensor, which: str) -> Iterator[tuple[int, Tensor]]:
+    def _measure(self, model: Any) -> None:
+        """Sizes of the quantized cache for the report."""
+        if self.kv_cache is not None:
+            from fewbits.runtime.kvcache import bytes_per_token
+
+            self.cache_facts |= {
+                "kv_bytes_per_token": bytes_per_token(model.config, self.kv_cache),
+                "kv_bytes_per_token_16bit": bytes_per_token(model.config, None),
+            }
+
+    def _walk(self, ids: Tensor, which: str) -> Any:
         for first, some in hiddens.batches(ids, self.batch):
             yield first, some
             done = first + len(some)
             self.tell({"event": "window", "which": which, "window": done, "windows": self.windows})
+
+    def _open(self, path: str | Path, content: str, engine: str = "fewbits") -> tuple[Any, Any, Tensor]:
+        model, tokenizer = self._load(path, engine)
+        return model, tokenizer, texts.windows(tokenizer, content, self.ctx, self.windows)
+
+    def _load(self, path: str | Path, engine: str) -> tuple[Any, Any]:
+        model, tokenizer = engines.load(path, self.dtype, engine)
+        if tokenizer is None:
+            raise RequestError(f"{path} has no tokenizer; copy the tokenizer files of the original model into it")
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and self.ctx > limit:
+            raise RequestError(
+                f"--ctx {self.ctx} is more than the {limit} positions of {path}; give --ctx {limit} or less"
+            )
+        return model.eval(), tokenizer
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,18 +94,20 @@ def _gap(ours: Tensor, own: Tensor) -> str:
 
 
 @torch.inference_mode()
-def states(body: nn.Module, ids: Tensor, kv_cache: Callable[[Any], Any] | None = None) -> Tensor:
+def states(body: nn.Module, ids: Tensor, kv_cache: str | None = None) -> Tensor:
     """Hidden states ``[B, T, d]`` that enter the output embedding, for ids ``[B, T]``, in the model's dtype.
 
-    ``kv_cache`` makes a cache for the model's config: then tokens go through the model ``STEP`` at a time, so that each
-    reads its past from the cache as it would while generating.
+    With a quantized ``kv_cache`` tokens go through the model ``STEP`` at a time, so that each reads its past from the
+    cache as it would while generating.
     """
     record: Any = body.get_output_embeddings()  # type: ignore[operator]
     if kv_cache is None:
         body(input_ids=ids, use_cache=False)
         seen, record.seen = record.seen, None
         return seen
-    cache, found = kv_cache(body.config), []
+    from fewbits.runtime.kvcache import QuantizedCache
+
+    cache, found = QuantizedCache(body.config, kv_cache), []
     for some in ids.split(STEP, 1):
         body(input_ids=some, past_key_values=cache, use_cache=True)
         found.append(record.seen)

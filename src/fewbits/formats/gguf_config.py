@@ -1,6 +1,6 @@
 """The metadata of a GGUF file as a transformers config.json, held against the tensors that the file has.
 
-What the metadata says decides how large a model is built, so it is believed only where the tensors' shapes say the same.
+What the metadata says decides how large a model is built; it is believed where the tensors' shapes say the same.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def _require_shapes(file: gguf.File, c: Mapping[str, Any]) -> None:
             blocks.setdefault(int(found[1]), set()).add(role)
             wanted = shapes.get(role, (width,) if role.endswith("norm") else None)
             if wanted is None or info.shape != wanted:
-                raise CheckpointError(f"{file.path}: tensor {name!r} has shape {info.shape}, the metadata says {wanted}")
+                raise CheckpointError(
+                    f"{file.path}: tensor {name!r} has shape {info.shape}, the metadata says {wanted}"
+                )
     count = c["num_hidden_layers"]
     needed = {"attn_norm", "attn_output", "ffn_norm", "ffn_up", "ffn_down"}
     needed |= {"attn_qkv"} if fused else {"attn_q", "attn_k", "attn_v", "ffn_gate"}

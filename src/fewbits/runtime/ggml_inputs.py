@@ -1,4 +1,4 @@
-"""Products as llama.cpp's CPU code makes them: the input of each is rounded to the type that its weight's type asks for.
+"""Products as llama.cpp's CPU code makes them: inputs are rounded to the type that the weight's type asks for.
 
 ggml multiplies blocks of codes with blocks of codes. Before a product the input is brought to Q8_0 (32 numbers share a
 float16 scale; for weights in Q4_0, Q5_0, Q8_0, IQ4_NL, MXFP4), Q8_1 (the same, for Q4_1 and Q5_1), Q8_K (256 numbers
@@ -47,7 +47,7 @@ def rounded(x: Tensor, kind: str) -> Tensor:
 
 
 def install(model: nn.Module, file: gguf.File) -> None:
-    """Round the inputs of every linear layer of ``model``, which was loaded from ``file``."""
+    """Round the inputs of every linear layer of ``model``, which was loaded from ``file``, and keys and values."""
     family = gguf_names.FAMILIES[gguf_import.config_of(file)["model_type"]]
     kinds = {}
     for name, info in file.infos.items():
@@ -59,6 +59,13 @@ def install(model: nn.Module, file: gguf.File) -> None:
         if isinstance(module, nn.Linear):
             kind = kinds[name]
             module.register_forward_pre_hook(lambda m, x, kind=kind: (rounded(x[0], kind), *x[1:]))
+    model.register_forward_pre_hook(_halved, with_kwargs=True)
+
+
+def _halved(model: nn.Module, given: tuple[Any, ...], settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if settings.get("past_key_values") is None:
+        settings = settings | {"past_key_values": HalfCache(model.config), "use_cache": True}
+    return given, settings
 
 
 class _HalfLayer(DynamicLayer):

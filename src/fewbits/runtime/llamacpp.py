@@ -111,11 +111,10 @@ class LlamaCpp:
     """
 
     def __init__(self, path: str | Path):
+        self._model = None
         self._lib = library()
         self.path = Path(path)
-        self._model = self._lib.llama_model_load_from_file(
-            str(path).encode(), self._lib.llama_model_default_params()
-        )
+        self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
         if not self._model:
             raise CheckpointError(f"llama.cpp cannot load {path}; see `fewbits inspect {path} --check`")
         self._vocabulary = self._lib.llama_model_get_vocab(self._model)
@@ -125,6 +124,9 @@ class LlamaCpp:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:

@@ -50,47 +50,11 @@ def llama_quantize(source: Path, out: Path, mixture: str, imatrix: Path | None =
     assert not done.returncode, done.stderr[-2000:]
 
 
-class _Any(ctypes.Structure):
-    """A structure passed by value whose fields are the library's affair: larger than any of theirs."""
-
-    _fields_ = (("bytes", ctypes.c_char * 1024),)
-
-
-class _Batch(ctypes.Structure):
-    _fields_ = (
-        ("n_tokens", ctypes.c_int32),
-        ("token", ctypes.POINTER(ctypes.c_int32)),
-        ("embd", ctypes.c_void_p),
-        ("pos", ctypes.c_void_p),
-        ("n_seq_id", ctypes.c_void_p),
-        ("seq_id", ctypes.c_void_p),
-        ("logits", ctypes.POINTER(ctypes.c_int8)),
-    )
-
-
-def logits(path: Any, ids: list[int], vocabulary: int) -> np.ndarray:
-    """llama.cpp's logits float32 ``[tokens, vocabulary]`` of a GGUF file for at most 512 tokens."""
-    lib = library()
-    if not hasattr(lib, "llama_decode"):
+def logits(path: Any, ids: list[int]) -> np.ndarray:
+    """llama.cpp's logits float32 ``[tokens, vocabulary]`` of a GGUF file."""
+    if not hasattr(library(), "llama_decode"):
         pytest.skip("the library of FEWBITS_GGML cannot run models")
-    silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *a: None)
-    lib.llama_log_set(silent, None)
-    lib.llama_model_default_params.restype = lib.llama_context_default_params.restype = _Any
-    lib.llama_model_load_from_file.restype = lib.llama_init_from_model.restype = ctypes.c_void_p
-    lib.llama_model_load_from_file.argtypes, lib.llama_init_from_model.argtypes = (
-        [ctypes.c_char_p, _Any],
-        [ctypes.c_void_p, _Any],
-    )
-    lib.llama_decode.argtypes, lib.llama_get_logits.argtypes = [ctypes.c_void_p, _Batch], [ctypes.c_void_p]
-    lib.llama_get_logits.restype = ctypes.POINTER(ctypes.c_float)
-    lib.llama_backend_init()
-    model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
-    assert model, f"llama.cpp cannot load {path}"
-    context = lib.llama_init_from_model(model, lib.llama_context_default_params())
-    batch = _Batch(len(ids), (ctypes.c_int32 * len(ids))(*ids), logits=(ctypes.c_int8 * len(ids))(*[1] * len(ids)))
-    assert context and lib.llama_decode(context, batch) == 0
-    found = np.ctypeslib.as_array(lib.llama_get_logits(context), (len(ids), vocabulary)).copy()
-    for free, what in ((lib.llama_free, context), (lib.llama_model_free, model)):
-        free.argtypes = [ctypes.c_void_p]
-        free(what)
-    return found
+    from fewbits.runtime.llamacpp import LlamaCpp
+
+    with LlamaCpp(path) as model:
+        return np.concatenate([rows.numpy() for rows in model.logits(ids)])

@@ -25,6 +25,9 @@ def command(
     kv_cache: Annotated[
         str | None, typer.Option(metavar="G", help="MODEL reads keys and values of few bits: int8, int4, int2, fp8.")
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="Who computes MODEL: fewbits; for a .gguf file also llama.cpp, or fewbits-q8.")
+    ] = "fewbits",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -35,11 +38,14 @@ def command(
         fewbits eval ./smollm2-int4 --reference ./smollm2
 
         fewbits eval ./out --text held-out.txt --ctx 1024 --windows 5 --json
+
+        fewbits eval model-q4_k_m.gguf --reference ./model --engine llama.cpp
     """
     from fewbits.evaluate import evaluate
 
     with Progress("evaluating", "window", "windows") as progress:
-        found = evaluate(model, text, ctx, windows, reference, dtype, batch, kv_cache, on_event=progress).to_json()
+        how = (model, text, ctx, windows, reference, dtype, batch, kv_cache, progress, engine)
+        found = evaluate(*how).to_json()
     report(found)
     if as_json:
         emit(found)

@@ -31,8 +31,17 @@ def command(
     from fewbits.model import assets
 
     stderr(f"fetching {name} ...")
-    path = assets.fetch(name, cache_dir, force=force, source=source)
+    path = assets.fetch(name, cache_dir, force=force, source=source, convert=to_transformers)
     if as_json:
         emit({"name": name, "path": str(path)})
     else:
         print(path)
+
+
+def to_transformers(file: Path, out: Path) -> None:
+    """A GGUF file as a transformers directory, in float32: its blocks decode exactly in no 16-bit type."""
+    import torch
+
+    from fewbits.formats import gguf_import
+
+    gguf_import.convert(file, out, torch.float32)

@@ -18,6 +18,7 @@ from fewbits.evaluate import interval, score
 from fewbits.evaluate import text as texts
 from fewbits.evaluate.base import Evaluation, OnEvent
 from fewbits.evaluate.census import census
+from fewbits.runtime import engines
 
 _SAMPLE = 20_000  # characters on which two tokenizers must agree
 
@@ -32,6 +33,7 @@ def evaluate(
     batch: int = 1,
     kv_cache: str | None = None,
     on_event: OnEvent | None = None,
+    engine: str = "fewbits",
 ) -> Evaluation:
     """Perplexity of the model at ``path`` and its KL divergence from ``reference`` on the first windows of ``text``.
 
@@ -39,13 +41,17 @@ def evaluate(
     text; None takes ``wikitext2``. ``dtype`` is what both models compute in, so that KL measures quantization and
     nothing else: None is float32 on a CPU. ``batch`` windows go through a model at once. The reference is run first;
     only its hidden states and its output embedding are kept while the second model runs. ``kv_cache`` ("int8", "int4",
-    "int2", "fp8") makes the model at ``path``, not the reference, read its past from a quantized cache.
+    "int2", "fp8") makes the model at ``path``, not the reference, read its past from a quantized cache. ``engine``
+    computes the model at ``path``: "fewbits"; for a GGUF file also "llama.cpp", through an installed binding, and
+    "fewbits-q8", our forward pass with the roundings of llama.cpp's CPU code.
 
     Raises RequestError for a missing or short text, a ``ctx`` beyond the model's positions, or tokenizers that differ;
     CheckpointError for damaged files.
     """
     started = time.perf_counter()
+    engines.check(engine, kv_cache)
     run = _Run(ctx, windows, max(1, batch), _dtype(dtype), on_event or (lambda event: None), _cache(kv_cache))
+    run.engine = engine
     name = "wikitext2" if text is None else text
     content = texts.read(name)
     if reference is None:
@@ -58,6 +64,7 @@ def evaluate(
         {
             "model": str(path),
             "reference": None if reference is None else str(reference),
+            "engine": engine,
             "text": str(name),
             "ctx": ctx,
             "windows": windows,
@@ -81,13 +88,13 @@ class _Run:
     """One evaluation: the settings that both models share."""
 
     def __init__(self, ctx: int, windows: int, batch: int, dtype: torch.dtype, tell: OnEvent, kv_cache: str | None):
-        self.kv_cache = kv_cache
+        self.kv_cache, self.engine = kv_cache, "fewbits"
         self.cache_facts: dict[str, Any] = {"kv_cache": kv_cache}
         self.ctx, self.windows, self.batch, self.dtype, self.tell = ctx, windows, batch, dtype, tell
 
     def alone(self, path: str | Path, content: str) -> Tensor:
         """NLL, float64 ``[windows * (ctx - 1)]``."""
-        model, _, ids = self._open(path, content)
+        model, _, ids = self._open(path, content, self.engine)
         body, head = hiddens.split(model, ids[0])
         self._measure(model)
         found = []
@@ -112,7 +119,7 @@ class _Run:
     def _second(
         self, path: str | Path, kept: hiddens.Store, head_p: hiddens.Head, ids: Tensor, agreed: tuple[str, Tensor]
     ) -> Tensor:
-        model, tokenizer = self._load(path)
+        model, tokenizer = self._load(path, self.engine)
         content, sample = agreed
         if not torch.equal(texts.encode(tokenizer, content[:_SAMPLE]), sample):
             raise RequestError(
@@ -142,14 +149,12 @@ class _Run:
             done = first + len(some)
             self.tell({"event": "window", "which": which, "window": done, "windows": self.windows})
 
-    def _open(self, path: str | Path, content: str) -> tuple[Any, Any, Tensor]:
-        model, tokenizer = self._load(path)
+    def _open(self, path: str | Path, content: str, engine: str = "fewbits") -> tuple[Any, Any, Tensor]:
+        model, tokenizer = self._load(path, engine)
         return model, tokenizer, texts.windows(tokenizer, content, self.ctx, self.windows)
 
-    def _load(self, path: str | Path) -> tuple[Any, Any]:
-        from fewbits.runtime import load
-
-        model, tokenizer = load(path, dtype=self.dtype)
+    def _load(self, path: str | Path, engine: str) -> tuple[Any, Any]:
+        model, tokenizer = engines.load(path, self.dtype, engine)
         if tokenizer is None:
             raise RequestError(f"{path} has no tokenizer; copy the tokenizer files of the original model into it")
         limit = getattr(model.config, "max_position_embeddings", None)

@@ -19,8 +19,8 @@ class Evaluation:
     counts scored predictions. ``*_ci95`` are 95 % intervals of the block bootstrap in
     :mod:`fewbits.evaluate.interval`. What needs a reference is None without one. ``size_bytes`` is the whole
     checkpoint's tensors, ``bits_per_weight`` is over the quantized linear layers (over all linear layers of a dense
-    model). ``model`` and ``reference`` are what was given. With a quantized ``kv_cache``
-    its size for one token in all layers, and that of a cache in 16 bits.
+    model). ``model`` and ``reference`` are what was given, ``engine`` who computed the model. With a quantized
+    ``kv_cache`` its size for one token in all layers, and that of a cache in 16 bits.
     """
 
     model: str
@@ -41,6 +41,7 @@ class Evaluation:
     kl_p99_ci95: Interval | None = None
     top1: float | None = None
     top1_ci95: Interval | None = None
+    engine: str = "fewbits"
     kv_cache: str | None = None
     kv_bytes_per_token: float | None = None
     kv_bytes_per_token_16bit: float | None = None

@@ -127,7 +127,7 @@ def _gguf(file: Path, path: Path, check: bool) -> Census:
         modules=tuple(modules),
         dtypes=dtypes,
         parameters=parameters,
-        size_bytes=_size(path),
+        size_bytes=_size(path) if path.is_dir() else sum(p.stat().st_size for p in opened.paths),
         bits_per_weight=sum(m.bits_per_weight * m.parameters for m in modules) / weights if weights else None,
     )
 

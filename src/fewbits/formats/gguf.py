@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -31,6 +32,7 @@ NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "
 MOST_STRINGS = 4_000_000  # of a file: no vocabulary comes near, and a parser of hostile files needs an end
 MOST_TENSORS = 200_000
 MOST_NAME = 1024
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 DENSE = {"f32": (0, torch.float32), "f16": (1, torch.float16), "bf16": (30, torch.bfloat16), "f64": (28, torch.float64)}
 DENSE |= {"i8": (24, torch.int8), "i16": (25, torch.int16), "i32": (26, torch.int32), "i64": (27, torch.int64)}
 
@@ -64,10 +66,14 @@ class Info:
 
 
 class File:
-    """An open file: ``metadata`` (arrays as lists), ``infos`` by tensor name. Tensors are read on demand."""
+    """An open file: ``metadata`` (arrays as lists), ``infos`` by tensor name. Tensors are read on demand.
+
+    ``paths`` are the files that it consists of: several when it was split.
+    """
 
     def __init__(self, path: Path, metadata: dict[str, Any], infos: dict[str, Info], pages: mmap.mmap | None):
         self.path, self.metadata, self.infos, self._pages = path, metadata, infos, pages
+        self.paths = (path,)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the buffer is not writable: that is the point
             self._bytes = torch.frombuffer(pages, dtype=torch.uint8) if pages else torch.empty(0, dtype=torch.uint8)
@@ -157,9 +163,56 @@ class _Cursor:
         return [self.value(inner, key, depth + 1) for _ in range(count)]
 
 
+class Split(File):
+    """A model in numbered files, as one: the metadata of the first, the tensors of all."""
+
+    def __init__(self, parts: Sequence[File]):
+        super().__init__(parts[0].path, parts[0].metadata, {n: i for p in parts for n, i in p.infos.items()}, None)
+        self.paths = tuple(p.path for p in parts)
+        self._home = {n: p for p in parts for n in p.infos}
+
+    def raw(self, name: str) -> Tensor:
+        return self._home[self._info(name).name].raw(name)
+
+    def release(self) -> None:
+        for part in set(self._home.values()):
+            part.release()
+
+
 def read(path: str | Path) -> File:
-    """Open a file. Raises RequestError when there is none, CheckpointError for anything that is not whole and sound."""
-    path = Path(path)
+    """Open a file; any one of the numbered files of a split model opens all of them.
+
+    Raises RequestError when there is none, CheckpointError for anything that is not whole and sound.
+    """
+    file = _read_one(Path(path))
+    count = file.metadata.get("split.count", 1)
+    if type(count) is not int or count <= 1:
+        return file
+    place = _NUMBERED.fullmatch(file.path.name)
+    if place is None or int(place[3]) != count:
+        raise CheckpointError(f"{path} is one of {count} files; give them the names NAME-00001-of-{count:05}.gguf")
+    return _join(file, [file.path.with_name(f"{place[1]}-{k + 1:05}-of-{count:05}.gguf") for k in range(count)])
+
+
+def _join(given: File, paths: Sequence[Path]) -> Split:
+    missing = [p.name for p in paths if not p.is_file()]
+    if missing:
+        raise CheckpointError(f"{given.path} is one of {len(paths)} files, {missing[0]} is missing beside it")
+    parts = [given if p == given.path else _read_one(p) for p in paths]
+    for k, part in enumerate(parts):
+        found = (part.metadata.get("split.no"), part.metadata.get("split.count"))
+        if found != (k, len(parts)):
+            raise CheckpointError(f"{part.path} says that it is file {found[0]} of {found[1]}; download it again")
+    whole = Split(parts)
+    if len(whole.infos) != sum(len(p.infos) for p in parts):
+        raise CheckpointError(f"{given.path}: two of its {len(parts)} files hold the same tensor; download them again")
+    wanted = parts[0].metadata.get("split.tensors.count", len(whole.infos))
+    if wanted != len(whole.infos):
+        raise CheckpointError(f"{given.path}: its files hold {len(whole.infos)} tensors, not {wanted}")
+    return whole
+
+
+def _read_one(path: Path) -> File:
     if not path.is_file():
         raise RequestError(f"no such file: {path}; give a .gguf file")
     size = path.stat().st_size

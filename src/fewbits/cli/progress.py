@@ -53,6 +53,7 @@ class Progress:
             self.stage, self.started = stage, time.perf_counter()
         error = event.get("error")
         note = "" if error is None else f"error {float(error):.2e}"
+        note = f"loss {event['loss']:.4f}" if "loss" in event else note
         if self.console.is_terminal:
             self._draw(done, total, note)
         elif done == total or done * _LINES // total != (done - 1) * _LINES // total:

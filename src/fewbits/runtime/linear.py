@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fewbits.activations import Inputs
 from fewbits.errors import RequestError
 from fewbits.grids import Int, Vectorwise
-from fewbits.kernels import gpu, qlinear
-from fewbits.runtime import packing, twin
+from fewbits.kernels import gpu, qbackward, qlinear
+from fewbits.runtime import packing, tiles, twin
 from fewbits.runtime.integer import IntegerWeight, say
 from fewbits.tensor import Quantized
 
@@ -80,13 +80,45 @@ class QuantLinear(nn.Module):
             if self._integer is not None and not (x.requires_grad and torch.is_grad_enabled()):
                 return self._integer.matmul(x, self.inputs, self.bias)
             x = _straight(x, self.inputs) if x.requires_grad and torch.is_grad_enabled() else self.inputs(x)
-        p, fused = self._packed, x.dtype in qlinear.DTYPES and not (x.requires_grad and torch.is_grad_enabled())
+        if x.requires_grad and torch.is_grad_enabled():
+            product: Tensor = tiles.Product.apply(x, self)
+            return product if self.bias is None else product + self.bias.to(product.dtype)
+        p, fused = self._packed, x.dtype in qlinear.DTYPES
         if fused and self._twin is not None and x.device == self._twin.device:
             return gpu.linear(x, self._twin, self.bias)
         if p is None or not fused or x.device.type != "cpu":
             weight = self.dequantize(x.dtype).to(x.device)
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
         return qlinear.matmul(x, p, None if self.bias is None else self._bias())
+
+    def product(self, x: Tensor) -> Tensor:
+        """``x @ W.T`` without bias, for training: no dense weight is made, but for GPU twins for the moment."""
+        if self._packed is not None and x.dtype in qlinear.DTYPES and x.device.type == "cpu":
+            return qlinear.matmul(x, self._packed)
+        return tiles.product(x, self._tiles(x), self.out_features)
+
+    def product_transposed(self, dy: Tensor) -> Tensor:
+        """``dy @ W``: the gradient of :meth:`product`."""
+        if self._packed is not None and dy.dtype in qlinear.DTYPES and dy.device.type == "cpu":
+            return qbackward.matmul_transposed(dy, self._packed)
+        return tiles.product_transposed(dy, self._tiles(dy), self.in_features)
+
+    def _tiles(self, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """``(begin, end, W[begin:end])`` in the dtype and on the device of ``like``."""
+        for begin, end, w in self._float_tiles():
+            yield begin, end, w.to(like.device, like.dtype)
+
+    def _float_tiles(self) -> Iterator[tuple[int, int, Tensor]]:
+        if self._packed is not None:
+            for begin in range(0, self.out_features, tiles.ROWS):
+                end = min(begin + tiles.ROWS, self.out_features)
+                yield begin, end, qbackward.rows(self._packed, begin, end)
+        elif self._loose is not None:
+            yield from tiles.of_quantized(self._loose)
+        elif self._integer is not None:
+            yield from tiles.of_rows(self._integer.codes, self._integer.scale)
+        else:
+            yield 0, self.out_features, self.dequantize()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight ``[out, in]``; in float32 exactly ``Quantized.dense()``."""

@@ -84,7 +84,8 @@ class FewbitsQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        """Adapters beside the layers can be trained: the layers hand gradients through to their inputs."""
+        return True
 
 
 class _Route:

@@ -1,0 +1,101 @@
+"""QLoRA with peft and bitsandbytes, in their own environment; prints one JSON line.
+
+    python benchmarks/peers/qlora_peer.py REQUEST.json
+
+REQUEST holds model, ids (a safetensors file of rows), steps, batch, r, alpha, lr, warmup, max_grad_norm, seed,
+checkpointing, dense (LoRA on the unquantized model). The recipe is peft's documentation: load in 4 bits,
+``prepare_model_for_kbit_training``, LoRA on all linear layers, transformers' Trainer.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from peer_job import read_ids, report
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
+
+
+class Watch(TrainerCallback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args, state, control, **rest):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **rest):
+        self.seconds.append(time.perf_counter() - self.began)
+
+    def on_log(self, args, state, control, logs=None, **rest):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            print(state.global_step, logs["loss"], self.seconds[-1], file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    ask = json.loads(Path(sys.argv[1]).read_text())
+    rows = read_ids(Path(ask["ids"]))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        ask["model"], dtype=torch.float32, quantization_config=None if ask["dense"] else four
+    )
+    kind = {"use_reentrant": False}
+    if not ask["dense"]:
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=ask["checkpointing"], gradient_checkpointing_kwargs=kind
+        )
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=ask["r"], lora_alpha=ask["alpha"], lora_dropout=0.0, target_modules="all-linear"
+    )
+    torch.manual_seed(ask["seed"])
+    model = get_peft_model(model, config)
+    watch = Watch()
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=ask["out"],
+            max_steps=ask["steps"],
+            per_device_train_batch_size=ask["batch"],
+            learning_rate=ask["lr"],
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=math.ceil(ask["warmup"] * ask["steps"]),
+            max_grad_norm=ask["max_grad_norm"],
+            optim="adamw_torch",
+            gradient_checkpointing=ask["checkpointing"],
+            gradient_checkpointing_kwargs=kind if ask["checkpointing"] else None,
+            logging_steps=1,
+            save_strategy="no",
+            seed=ask["seed"],
+            data_seed=ask["seed"],
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            dataloader_pin_memory=False,
+        ),
+        train_dataset=data,
+        callbacks=[watch],
+    )
+    trainer.train()
+    model.save_pretrained(ask["out"])
+    report(
+        tool=f"peft {version('peft')}, bitsandbytes {version('bitsandbytes')}",
+        threads=torch.get_num_threads(),
+        losses=watch.losses,
+        step_seconds=statistics.median(watch.seconds),
+    )
+
+
+if __name__ == "__main__":
+    main()

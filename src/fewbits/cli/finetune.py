@@ -1,0 +1,121 @@
+"""``fewbits finetune``: adapters on a frozen model of few bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fewbits.cli.base import Debug, Json, choice, console, emit, human, size, stderr
+from fewbits.cli.progress import Progress
+
+
+def command(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="A dense or quantized model: directory, hub id, .gguf.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory of the adapter to make.")],
+    data: Annotated[
+        str, typer.Option(metavar="FILE", help=".jsonl, .parquet or text, or a fetched text: c4, wiki, code.")
+    ],
+    method: Annotated[str, typer.Option(help="qlora: the base of few bits; lora: a dense base.")] = "qlora",
+    grid: Annotated[
+        str, typer.Option(help="Numbers that a dense base is rounded to: nf4-dq, nf4, int4 ...")
+    ] = "nf4-dq",
+    r: Annotated[int, typer.Option("--r", help="Rank of the adapters.")] = 16,
+    alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / r.")] = 16,
+    dropout: Annotated[float, typer.Option(help="Share of the adapters' inputs left out.")] = 0.05,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(r).")] = False,
+    dora: Annotated[bool, typer.Option("--dora", help="Learn the norm of every row too (slower).")] = False,
+    targets: Annotated[
+        str, typer.Option(help="Layers with adapters: all-linear, or names as q_proj,v_proj.")
+    ] = "all-linear",
+    seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
+    packing: Annotated[bool, typer.Option("--packing/--no-packing", help="Several examples in a row.")] = True,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut examples that are longer than a row.")] = False,
+    prompts: Annotated[bool, typer.Option("--prompts", help="Learn prompts too, not completions only.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Steps in place of --epochs.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Rows at a time.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
+    schedule: Annotated[str, typer.Option(help="constant, cosine or linear, after the warmup.")] = "constant",
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which the rate rises.")] = 0.03,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to it; 0: never.")] = 0.3,
+    optimizer: Annotated[str, typer.Option(help="adamw, paged-adamw (states on disk), paged-adamw-8bit.")] = "adamw",
+    optimizer_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="States that paged optimizers keep in memory: 500MB.")
+    ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations: less memory, slower.")
+    ] = True,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of adapters, order and dropout.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Computed in: float32, bfloat16; default: the faster here.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when it exists.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train low-rank adapters on a quantized model (QLoRA). The adapter is peft's and loads with plain peft.
+
+    A dense SRC is rounded to --grid first, into OUT/base. OUT/log.jsonl gets a line per step.
+
+    [bold]Examples[/bold]
+
+        fewbits finetune ./smollm2 ./tuned --data chats.jsonl
+
+        fewbits finetune ./smollm2-int4 ./tuned --data code.txt --r 64 --steps 200
+
+        fewbits finetune ./model ./tuned --data d.jsonl --optimizer paged-adamw --optimizer-memory 200MB
+
+    An interrupted run goes on with the same command and --resume.
+    """
+    from fewbits.finetune import Adapter, Rows, Training, finetune
+    from fewbits.grids import NAMED_GRIDS
+
+    choice(grid, NAMED_GRIDS, "grid")
+    memory = size(optimizer_memory, "--optimizer-memory")
+    adapter = Adapter(r, alpha, dropout, rslora, dora, tuple(t.strip() for t in targets.split(",")))
+    rows = Rows(seq_len, packing, truncate, prompts)
+    training = Training(
+        steps, epochs, batch, accumulate, lr, schedule, warmup, weight_decay, max_grad_norm, optimizer, memory,
+        checkpointing, save_steps, seed,
+    )  # fmt: skip
+    with Progress("training", "step", "steps") as progress:
+        result = finetune(
+            src,
+            out,
+            data,
+            method=method,
+            grid=grid,
+            adapter=adapter,
+            rows=rows,
+            training=training,
+            dtype=dtype,
+            resume=resume,
+            overwrite=overwrite,
+            on_event=progress,
+        )
+    report(result.to_json())
+    if as_json:
+        emit(result.to_json())
+
+
+def report(found: dict[str, Any]) -> None:
+    """The summary for people on stderr."""
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in (
+        ("adapter", found["out"]),
+        ("base", found["base"]),
+        ("steps", str(found["steps"])),
+        ("loss, first and last step", f"{found['loss_first']:.4f} .. {found['loss']:.4f}"),
+        ("trainable parameters", f"{found['trainable']:,}"),
+        ("seconds per step", f"{found['step_seconds']:.3g}"),
+        ("peak memory", human(found["peak_rss_bytes"])),
+    ):
+        table.add_row(name, value)
+    console().print(table)
+    stderr(f"use it: fewbits merge {found['out']} OUT, or peft's PeftModel.from_pretrained")

@@ -48,6 +48,7 @@ def quantize(
     compute: str | None = None,
     dtype: str | None = None,
     lm_head: bool = False,
+    stream: str = "quantized",
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result | Job:
     """Quantize a model into a checkpoint directory.
@@ -60,8 +61,9 @@ def quantize(
     one of :data:`fewbits.formats.LAYOUTS`;
     ``calibration`` a text file, texts, or the name of a fetched asset; ``max_memory`` bytes for activations;
     ``compute`` "bf16" or "fp32" for the forward passes; ``dtype`` in which everything that is not quantized is
-    stored; ``lm_head`` quantizes the output head too, which a model with tied embeddings cannot. ``dry_run`` returns
-    the checked job.
+    stored; ``lm_head`` quantizes the output head too, which a model with tied embeddings cannot; ``stream`` "original"
+    calibrates each block on the original model's activations instead of the "quantized" ones. ``dry_run`` returns the
+    checked job.
 
     Raises RequestError (the request cannot be carried out), CheckpointError (damaged model); see :mod:`fewbits.errors`.
     """
@@ -86,6 +88,7 @@ def quantize(
         "dtype": kept,
         "seed": seed,
         "kv_cache": kv_cache,
+        "stream": stream,
     }
     if lm_head and (mixed or recipe is not None):
         raise RequestError(

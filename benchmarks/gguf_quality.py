@@ -3,10 +3,11 @@
     python benchmarks/gguf_quality.py MODEL CALIBRATION.txt EVALUATION.txt WORKDIR --llama-quantize PROGRAM
         [--mixtures q2_k,q3_k_m,q4_k_m] [--ways gptq] [--samples 128] [--seq-len 512] [--windows 5] [--ctx 2048]
 
-The importance matrix is the mean square of the inputs of every linear layer of the original model over the calibration rows,
-written in llama.cpp's format and read by llama-quantize and by ``fewbits convert --imatrix``; whose files must be equal, tensor
-by tensor. Then every way of ours (``q2_k+gptq`` ...) from the same rows. KL and perplexity are ours, on the decoded files in
-float32. Cells that the JSON file has are kept, so an interrupted run goes on; it lies in benchmarks/results/.
+The importance matrix is the mean square of the inputs of every linear layer of the original model over the
+calibration rows, written in llama.cpp's format and read by llama-quantize and by ``fewbits convert --imatrix``; whose
+files must be equal, tensor by tensor. Then every way of ours (``q2_k+gptq`` ...) from the same rows. KL and
+perplexity are ours, on the decoded files in float32. Cells that the JSON file has are kept, so an interrupted run
+goes on; it lies in benchmarks/results/.
 """
 
 from __future__ import annotations

@@ -40,7 +40,12 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     adapter, rows = Adapter(r=args.r, alpha=args.r, dropout=0.0), Rows(args.seq_len)
     found = finetune(args.model, out, args.data, training=training, adapter=adapter, rows=rows, dtype="float32")
     losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
-    facts = {"tool": "fewbits", "losses": losses, "step_seconds": found.step_seconds, "threads": torch.get_num_threads()}
+    facts = {
+        "tool": "fewbits",
+        "losses": losses,
+        "step_seconds": found.step_seconds,
+        "threads": torch.get_num_threads(),
+    }
     return facts | {"peak_rss_bytes": found.peak_rss_bytes, "total_seconds": found.seconds}
 
 
@@ -67,7 +72,9 @@ def peers(args: argparse.Namespace, dense: bool) -> dict[str, Any]:
 
 def alone(arguments: list[str]) -> dict[str, Any]:
     """Ours in a process of its own, so that its peak memory is its own."""
-    run = subprocess.run([sys.executable, __file__, *arguments, "--only-ours"], stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, __file__, *arguments, "--only-ours"], stdout=subprocess.PIPE, text=True, check=True
+    )
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return found
 

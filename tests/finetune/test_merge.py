@@ -1,4 +1,4 @@
-"""Merging: the dense merge is the tuned model; rounding it again is measured, and refused where it undoes the tuning."""
+"""Merging: the dense merge is the tuned model; rounding it again is measured, and refused where it undoes tuning."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class File:
 
     def __init__(self, path: Path, metadata: dict[str, Any], infos: dict[str, Info], pages: mmap.mmap | None):
         self.path, self.metadata, self.infos, self._pages = path, metadata, infos, pages
-        self.paths = (path,)
+        self.paths: tuple[Path, ...] = (path,)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that the buffer is not writable: that is the point
             self._bytes = torch.frombuffer(pages, dtype=torch.uint8) if pages else torch.empty(0, dtype=torch.uint8)

@@ -81,7 +81,8 @@ def _require_shapes(file: gguf.File, c: Mapping[str, Any]) -> None:
     q, kv = c["num_attention_heads"] * size, c["num_key_value_heads"] * size
     if file.infos["token_embd.weight"].shape[1] != width:
         raise CheckpointError(f"{file.path}: the embedding is not {width} wide; download it again")
-    shapes = {"attn_q": (q, width), "attn_k": (kv, width), "attn_v": (kv, width), "attn_output": (width, q)}
+    shapes: dict[str, tuple[Any, ...]] = {"attn_q": (q, width), "attn_k": (kv, width), "attn_v": (kv, width)}
+    shapes["attn_output"] = (width, q)
     shapes |= {"attn_q_norm": (size,), "attn_k_norm": (size,), "attn_qkv": (q + 2 * kv, width)}
     fused = "blk.0.attn_qkv.weight" in file.infos
     shapes |= {"ffn_gate": (inner, width), "ffn_up": (2 * inner if fused else inner, width), "ffn_down": (width, inner)}

@@ -133,7 +133,7 @@ def _byte_level(file: gguf.File, tokens: list[str], kinds: list[int]) -> dict[st
         raise RequestError(f"{file.path}: pre-tokenizer {name[:40]!r} is not known; the tokenizer cannot be made")
     merges = file.metadata.get("tokenizer.ggml.merges") or []
     vocabulary = {t: i for i, t in enumerate(tokens)}  # special ones too: without, they would get new ids
-    model = {"type": "BPE", "vocab": vocabulary, "merges": [m.split(" ", 1) for m in merges]}
+    model: dict[str, Any] = {"type": "BPE", "vocab": vocabulary, "merges": [m.split(" ", 1) for m in merges]}
     model["ignore_merges"] = splits.whole
     pre, level = gguf_splits.described(splits), {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     return {"model": model, "normalizer": None, "pre_tokenizer": pre, "decoder": level, "post_processor": None}

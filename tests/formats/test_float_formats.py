@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from fewbits import formats
+from fewbits.activations import PRESETS, Inputs
 from fewbits.errors import CheckpointError, Refused, RequestError
 from fewbits.formats import Entry, bitpack
 from fewbits.grids import NAMED_GRIDS, Float
@@ -219,3 +221,15 @@ def test_options_that_a_grid_leaves_open(source: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(RequestError, match=why):
             fewbits.quantize(source, tmp_path / "a", dry_run=True, **options)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8-tensor", "mxfp8"])
+def test_a_static_scale_of_the_inputs_is_stored(name: str) -> None:
+    scheme = PRESETS["fp8-static"]
+    q = replace(quantized(NAMED_GRIDS[name], weight()), inputs=Inputs(scheme, torch.tensor([0.125])))
+    entries = [Entry(NAME, q.shape, q.grid, activations=scheme)]
+    layout = formats.writer("compressed-tensors", entries)
+    tensors = {k.removeprefix(f"{NAME}."): v for k, v in layout.pack(NAME, q).items()}
+    assert tensors["input_scale"].tolist() == [0.125] and tensors["input_scale"].dtype.is_floating_point
+    found = formats.detect(layout.config(entries)).unpack(NAME, tensors).inputs
+    assert found is not None and found.scheme == scheme and found.scale is not None and float(found.scale) == 0.125

@@ -81,7 +81,10 @@ class CompressedTensors:
         if isinstance(q.grid, Float):
             if reasons := list(ct_float.reasons(Entry(name, q.shape, q.grid, "g_idx" in q.params), q.grid)):
                 raise RequestError(f"{name}: format compressed-tensors cannot store it: {reasons[0]}")
-            return ct_float.pack(name, q, q.grid)
+            dtype = q.params["scale"].dtype
+            return ct_float.pack(name, q, q.grid) | inputs.scale_of(
+                name, q.inputs, dtype if dtype in common.SCALES else torch.float32
+            )
         grid = common.integer(q, name, self.name)
         if reasons := list(_reasons(Entry(name, q.shape, grid, "g_idx" in q.params), grid)):
             raise RequestError(f"{name}: format compressed-tensors cannot store it: {reasons[0]}")

@@ -1,0 +1,88 @@
+"""llm-compressor's round to nearest, in ``FEWBITS_LLMCOMPRESSOR_PYTHON`` (a Python that has it): our bytes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fewbits
+from fewbits.storage import Checkpoint
+from tests.tiny import tiny_model, tiny_tokenizer
+
+PYTHON = os.environ.get("FEWBITS_LLMCOMPRESSOR_PYTHON")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="set FEWBITS_LLMCOMPRESSOR_PYTHON to a Python that has llm-compressor"),
+]
+SCHEMES = {
+
+
+
+
+
+
+}
+STATIC = {"FP8": {"method": "fp8-tensor", "activations": "fp8-static"}}
+IDS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(0))
+SCRIPT = """
+import sys, torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM
+source, out, ids, *schemes = sys.argv[1:]
+ids = torch.load(ids).tolist()
+data = dict(dataset=Dataset.from_list([dict(input_ids=row, attention_mask=[1] * len(row)) for row in ids]))
+data |= dict(max_seq_length=16, num_calibration_samples=len(ids), shuffle_calibration_samples=False)
+for scheme in schemes:
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    recipe = [QuantizationModifier(targets="Linear", scheme=scheme, ignore=["lm_head"])]
+    oneshot(model=model, recipe=recipe, **(data if scheme == "FP8" else {}))
+    model.save_pretrained(f"{out}/{scheme}", save_compressed=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llmcompressor")
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4}
+    tiny_tokenizer(tiny_model("llama", path / "source", **shape))
+    torch.save(IDS, path / "ids.pt")
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [
+        str(PYTHON),
+        "-c",
+        SCRIPT,
+        str(path / "source"),
+        str(path / "theirs"),
+        str(path / "ids.pt"),
+        *SCHEMES,
+        *STATIC,
+    ]
+    subprocess.run(command, check=True, timeout=900, env=env)
+    return path
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, *STATIC])
+def test_every_byte_is_theirs(folder: Path, scheme: str) -> None:
+    """A calibrated scale comes from the same tokens, through products that are summed in another order."""
+    save_file({"ids": IDS}, folder / "ids.safetensors")
+    how: dict[str, Any] = {"dtype": "float32", "format": "compressed-tensors", "compute": "fp32"}
+    how |= {"calibration": folder / "ids.safetensors", "samples": 4, "seq_len": 16}
+    out = folder / "ours" / scheme
+    fewbits.quantize(folder / "source", out, **how, **(SCHEMES | STATIC)[scheme])
+    a, b = Checkpoint.open(out), Checkpoint.open(folder / "theirs" / scheme)
+    assert set(a.names()) == set(b.names())
+    for name in a.names():
+        x, y = a.tensor(name), b.tensor(name)
+        assert x.dtype == y.dtype and x.shape == y.shape, name
+        if name.endswith("input_scale"):
+            assert torch.allclose(x, y, rtol=1e-3), f"{name}: {float(x)} against {float(y)}"
+            continue
+        assert torch.equal(x.reshape(-1).view(torch.uint8), y.reshape(-1).view(torch.uint8)), name

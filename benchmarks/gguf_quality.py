@@ -3,10 +3,11 @@
     python benchmarks/gguf_quality.py MODEL CALIBRATION.txt EVALUATION.txt WORKDIR --llama-quantize PROGRAM
         [--mixtures q2_k,q3_k_m,q4_k_m] [--ways gptq] [--samples 128] [--seq-len 512] [--windows 5] [--ctx 2048]
 
-The importance matrix is the mean square of the inputs of every linear layer of the original model over the calibration rows,
-written in llama.cpp's format and read by llama-quantize and by ``fewbits convert --imatrix``; whose files must be equal, tensor
-by tensor. Then every way of ours (``q2_k+gptq`` ...) from the same rows. KL and perplexity are ours, on the decoded files in
-float32. Cells that the JSON file has are kept, so an interrupted run goes on; it lies in benchmarks/results/.
+The importance matrix is the mean square of the inputs of every linear layer of the original model over the
+calibration rows, written in llama.cpp's format and read by llama-quantize and by ``fewbits convert --imatrix``; whose
+files must be equal, tensor by tensor. Then every way of ours (``q2_k+gptq`` ...) from the same rows. KL and
+perplexity are ours, on the decoded files in float32. Cells that the JSON file has are kept, so an interrupted run
+goes on; it lies in benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ def main() -> None:
             seconds = time.perf_counter() - started
             reference = reference or Reference(args.model, args.evaluation, args.ctx, args.windows)
             settings = {k: getattr(args, k) for k in ("samples", "seq_len", "windows", "ctx")}
-            cells[cell] = reference(made) | {"size_bytes": made.stat().st_size, "seconds": seconds} | settings
+            scored = reference(made) | {"size_bytes": made.stat().st_size, "seconds": seconds} | settings
+            cells = (json.loads(file.read_text()) if file.exists() else {}) | {cell: scored}
             file.write_text(json.dumps(cells, indent=1) + "\n")
             print(cell, cells[cell], file=sys.stderr, flush=True)
             shutil.rmtree(folder)

@@ -2,10 +2,11 @@
 
     python benchmarks/gguf_speed.py WORKDIR --llama-quantize PROGRAM [--types q4_k_m,q6_k,q2_k,iq4_xs] [--rounds 2]
 
-The model is Llama-shaped with 1.1 billion random float16 weights, as a transformers directory for us and as an F16 GGUF
-file for llama-quantize. Times are those of whole processes, imports and writing included; the least of the rounds counts.
-``other s`` is the CPU time that the rest of the machine used meanwhile: where it is large, compare ``CPU s``. Every tensor
-of the two files must be equal, byte for byte. Results go to benchmarks/results/gguf_speed.json. Needs 7 GB of disk.
+The model is Llama-shaped with 1.1 billion random float16 weights, as a transformers directory for us and as an F16
+GGUF file for llama-quantize. Times are those of whole processes, imports and writing included; the least of the
+rounds counts. ``other s`` is the CPU time that the rest of the machine used meanwhile: where it is large, compare
+``CPU s``. Every tensor of the two files must be equal, byte for byte. Results go to
+benchmarks/results/gguf_speed.json. Needs 7 GB of disk.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def make(folder: Path) -> None:
     inside |= {"self_attn.v_proj": (shared, c.hidden_size), "self_attn.o_proj": (c.hidden_size, c.hidden_size)}
     inside |= {f"mlp.{n}_proj": (c.intermediate_size, c.hidden_size) for n in ("gate", "up")}
     inside |= {"mlp.down_proj": (c.hidden_size, c.intermediate_size)}
-    inside |= {n: (c.hidden_size,) for n in ("input_layernorm", "post_attention_layernorm")}
+    inside |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (c.hidden_size,))
     shapes = {f"model.layers.{i}.{n}.weight": s for i in range(c.num_hidden_layers) for n, s in inside.items()}
     shapes |= {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size), "model.norm.weight": (c.hidden_size,)}
     shapes |= {"lm_head.weight": (c.vocab_size, c.hidden_size)}
@@ -151,8 +152,8 @@ def main() -> None:
             rows[-1] |= {"peak_rss_bytes": max(r["peak_rss_bytes"] for r in found), "differing_tensors": len(differ)}
             r = rows[-1]
             print(
-                f"{kind:8} {tool:15} wall {r['wall_s']:7.1f} s  CPU {r['cpu_s']:7.1f} s  other {r['other_cpu_s']:7.1f} s"
-                f"  peak {r['peak_rss_bytes'] / 1e6:6.0f} MB  differing tensors {len(differ)} {differ[:2]}",
+                f"{kind:8} {tool:15} wall {r['wall_s']:7.1f} s  CPU {r['cpu_s']:7.1f} s"
+                f"  other {r['other_cpu_s']:7.1f} s  peak {r['peak_rss_bytes'] / 1e6:6.0f} MB  differing tensors {len(differ)} {differ[:2]}",
                 flush=True,
             )
         ours.unlink()

@@ -1,9 +1,9 @@
 """Copy a Llama-like checkpoint whose width is no multiple of 256 so that it is, and its function stays.
 
-Blocks of 256 columns (GGUF's K types) do not divide rows of 576, and llama.cpp then falls back to other types. To see what
-the K types do to real weights, zero channels are put between the real ones: in every 256 columns 192 are SmolLM2's and 64,
-whole sub-blocks of 16 and 32, are zero. An RMS norm now averages over more channels: its weights and its epsilon are
-multiplied to make up for that. Each key-value head gets one more query head, which is zero.
+Blocks of 256 columns (GGUF's K types) do not divide rows of 576, and llama.cpp then falls back to other types. To see
+what the K types do to real weights, zero channels are put between the real ones: in every 256 columns 192 are
+SmolLM2's and 64, whole sub-blocks of 16 and 32, are zero. An RMS norm now averages over more channels: its weights
+and its epsilon are multiplied to make up for that. Each key-value head gets one more query head, which is zero.
 
     python benchmarks/widen.py MODEL_DIR OUT_DIR
 """

@@ -1,8 +1,9 @@
 """Against llama-quantize itself: every tensor's type in every mixture, and every byte, with importance and without.
 
-The types stand in ``data/llama_quantize.json``, as the program gave them (``python tests/formats/test_gguf_quantize.py``
-with FEWBITS_LLAMA_QUANTIZE writes it again), so that they are compared where there is no program, too. Its files have
-real numbers of layers and columns, and two rows per matrix: types depend on nothing else.
+The types stand in ``data/llama_quantize.json``, as the program gave them (``python
+tests/formats/test_gguf_quantize.py`` with FEWBITS_LLAMA_QUANTIZE writes it again), so that they are compared where
+there is no program, too. Its files have real numbers of layers and columns, and two rows per matrix: types depend on
+nothing else.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def source(name: str, folder: Path) -> tuple[Path, Path, dict[str, torch.Tensor]
     infos = [gguf.Info(n, "f32", tuple(t.shape)) for n, t in tensors.items()]
     gguf.write(folder / "f32.gguf", metadata, infos, lambda i: [tensors[i.name].numpy().tobytes()])
     sums = {n: torch.rand(t.shape[1]) ** 4 * 500 for n, t in tensors.items() if n.startswith("blk.") and t.ndim == 2}
-    imatrix = gguf_imatrix.Imatrix(sums, {n: 37.0 for n in sums}, "text", 4)
+    imatrix = gguf_imatrix.Imatrix(sums, dict.fromkeys(sums, 37.0), "text", 4)
     imatrix.write(folder / "imatrix.gguf")
     imatrix.write(folder / "imatrix.dat")
     return folder / "f32.gguf", folder / "imatrix.gguf", tensors

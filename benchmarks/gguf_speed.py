@@ -153,7 +153,8 @@ def main() -> None:
             r = rows[-1]
             print(
                 f"{kind:8} {tool:15} wall {r['wall_s']:7.1f} s  CPU {r['cpu_s']:7.1f} s"
-                f"  other {r['other_cpu_s']:7.1f} s  peak {r['peak_rss_bytes'] / 1e6:6.0f} MB  differing tensors {len(differ)} {differ[:2]}",
+                f"  other {r['other_cpu_s']:7.1f} s  peak {r['peak_rss_bytes'] / 1e6:6.0f} MB"
+                f"  differing tensors {len(differ)} {differ[:2]}",
                 flush=True,
             )
         ours.unlink()

@@ -1,7 +1,8 @@
 """KL divergence of GGUF mixtures: llama-quantize with an importance matrix against ours, from one calibration.
 
     python benchmarks/gguf_quality.py MODEL CALIBRATION.txt EVALUATION.txt WORKDIR --llama-quantize PROGRAM
-        [--mixtures q2_k,q3_k_m,q4_k_m] [--ways gptq] [--samples 128] [--seq-len 512] [--windows 5] [--ctx 2048]
+        [--mixtures q2_k,q3_k_m,q4_k_m] [--ways plain,imatrix,gptq]
+        [--samples 128] [--seq-len 512] [--windows 5] [--ctx 2048]
 
 The importance matrix is the mean square of the inputs of every linear layer of the original model over the
 calibration rows, written in llama.cpp's format and read by llama-quantize and by ``fewbits convert --imatrix``; whose
@@ -116,7 +117,8 @@ def makers(args: argparse.Namespace, dense: Path, matrix: Path) -> dict[str, Cal
 
         return make
 
-    return {"plain": plain, "imatrix": weighted} | {way: own(way) for way in args.ways.split(",") if way}
+    foreign = {"plain": plain, "imatrix": weighted}
+    return {way: foreign.get(way) or own(way) for way in args.ways.split(",")}
 
 
 def main() -> None:
@@ -125,7 +127,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--llama-quantize", required=True)
     parser.add_argument("--mixtures", default="q2_k,q3_k_m,q4_k_m")
-    parser.add_argument("--ways", default="gptq")
+    parser.add_argument("--ways", default="plain,imatrix,gptq")
     for name, default in (("samples", 128), ("seq-len", 512), ("windows", 5), ("ctx", 2048)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
@@ -149,7 +151,8 @@ def main() -> None:
             seconds = time.perf_counter() - started
             reference = reference or Reference(args.model, args.evaluation, args.ctx, args.windows)
             settings = {k: getattr(args, k) for k in ("samples", "seq_len", "windows", "ctx")}
-            cells[cell] = reference(made) | {"size_bytes": made.stat().st_size, "seconds": seconds} | settings
+            scored = reference(made) | {"size_bytes": made.stat().st_size, "seconds": seconds} | settings
+            cells = (json.loads(file.read_text()) if file.exists() else {}) | {cell: scored}
             file.write_text(json.dumps(cells, indent=1) + "\n")
             print(cell, cells[cell], file=sys.stderr, flush=True)
             shutil.rmtree(folder)

@@ -152,8 +152,9 @@ def main() -> None:
             rows[-1] |= {"peak_rss_bytes": max(r["peak_rss_bytes"] for r in found), "differing_tensors": len(differ)}
             r = rows[-1]
             print(
-                f"{kind:8} {tool:15} wall {r['wall_s']:7.1f} s  CPU {r['cpu_s']:7.1f} s  other {r['other_cpu_s']:7.1f}"
-                f"  peak {r['peak_rss_bytes'] / 1e6:6.0f} MB  differing tensors {len(differ)} {differ[:2]}",
+                f"{kind:8} {tool:15} wall {r['wall_s']:7.1f} s  CPU {r['cpu_s']:7.1f} s"
+                f"  other {r['other_cpu_s']:7.1f} s  peak {r['peak_rss_bytes'] / 1e6:6.0f} MB"
+                f"  differing tensors {len(differ)} {differ[:2]}",
                 flush=True,
             )
         ours.unlink()

@@ -21,12 +21,13 @@ from fewbits.activations import Activations, preset
 from fewbits.errors import RequestError
 from fewbits.grids import Block, Float, Grid, Int, Int16, Table, Vectorwise
 from fewbits.grids.uniform import SCALE_DTYPES
-from fewbits.solve import Exact, Nearest, Search, Solver, Sweep
+from fewbits.solve import Descent, Exact, Nearest, Search, Solver, Sweep
 from fewbits.transform import Awq, Smooth, Transform
 
 KINDS: dict[str, type] = {"int": Int, "float": Float, "nearest": Nearest, "sweep": Sweep, "exact": Exact, "awq": Awq}
 KINDS |= {"int16": Int16}
 KINDS |= {"table": Table, "vectorwise": Vectorwise, "block": Block, "search": Search, "smooth": Smooth}
+KINDS |= {"descent": Descent}
 KV_CACHES = ("int8", "int4", "int2", "fp8")
 STREAMS = ("quantized", "original")
 

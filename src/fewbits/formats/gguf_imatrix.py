@@ -33,7 +33,7 @@ class Imatrix:
     chunk_size: int = field(default=512)
 
     def mean_squares(self) -> dict[str, Tensor]:
-        """What the searches take. Inputs of a tensor that was never observed weigh alike, as llama-quantize has it."""
+        """What the searches take. Inputs of a tensor that was never observed weigh alike, as for llama-quantize."""
         return {n: s / c if (c := self.counts[n]) > 0 else torch.ones_like(s) for n, s in self.sums.items()}
 
     def write(self, path: Path) -> None:

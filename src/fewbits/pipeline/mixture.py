@@ -7,6 +7,7 @@ says what each weight becomes, fallbacks included.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from fewbits.errors import RequestError
@@ -15,14 +16,18 @@ from fewbits.grids import BLOCK_TYPES, Block
 from fewbits.model import Source
 from fewbits.pipeline.walk import entries_of
 from fewbits.plan import Plan, Recipe, Rule
-from fewbits.solve import Search, Solver, Sweep
+from fewbits.solve import Descent, Search, Solver, Sweep
 from fewbits.transform import Awq, Transform
 
-WAYS: dict[str, tuple[Solver, tuple[Transform, ...]]] = {
-    "": (Search(), ()),
-    "imatrix": (Search(importance=True), ()),
-    "awq": (Search(importance=True), (Awq(),)),
-    "gptq": (Sweep(order="activation", static=True), ()),
+SWEEPS = {32: Sweep(order="activation", static=True), 256: Sweep()}
+"""By the columns of a block: short ones are fitted in advance for the sake of the best order, long ones on the way."""
+
+Choice = Callable[[Block], Solver]
+WAYS: dict[str, tuple[Choice, tuple[Transform, ...]]] = {
+    "": (lambda grid: Search(), ()),
+    "imatrix": (lambda grid: Search(importance=True), ()),
+    "awq": (lambda grid: Search(importance=True), (Awq(),)),
+    "gptq": (lambda grid: Descent(3, SWEEPS[grid.period]), ()),
 }
 """How codes are chosen: as llama.cpp does without and with importance, after AWQ's scales, with error feedback."""
 
@@ -47,14 +52,14 @@ def plan(method: str, source: Source, **rest: Any) -> Plan:
     tied = bool(source.text_config.tie_word_embeddings) or not any(n.endswith("lm_head") for n in outside)
     facts = gguf_model.facts_of(source.raw_config, tied, weighted=bool(way))
 
-    def recipe(module: str, shape: tuple[int, ...], solver: Solver) -> Recipe | None:
+    def recipe(module: str, shape: tuple[int, ...], solver: Choice) -> Recipe | None:
         stored = gguf_names.stored_name(f"{module}.weight", family)
         kind = gguf_mixtures.kind_of(mix, stored, shape, facts) if stored else "f16"
-        return Recipe(Block(kind), solver) if kind in BLOCK_TYPES else None
+        return Recipe(Block(kind), solver(Block(kind))) if kind in BLOCK_TYPES else None
 
     inside = [(e.name, recipe(e.name, e.shape, solver)) for e in entries_of(source)]
     common = Counter(r for _, r in inside).most_common(1)[0][0]
     rules = [Rule(n, r) for n, r in inside if r != common] + [Rule("*", common)]
-    around = [(m, recipe(m, source.checkpoint.shape(n), Search())) for m, n in outside.items()]
+    around = [(m, recipe(m, source.checkpoint.shape(n), WAYS[""][0])) for m, n in outside.items()]
     extra = tuple(Rule(m, r) for m, r in around if r is not None)
     return Plan(method=method, rules=tuple(rules), transforms=transforms, outside=extra, **rest)

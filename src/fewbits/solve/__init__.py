@@ -5,6 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fewbits.grids import Grid
+from fewbits.solve.descent import Descent
 from fewbits.solve.exact import Exact
 from fewbits.solve.nearest import Nearest
 from fewbits.solve.search import Search
@@ -26,4 +27,4 @@ class Solver(Protocol):
         ...
 
 
-__all__ = ["Exact", "Nearest", "Search", "Solver", "Sweep"]
+__all__ = ["Descent", "Exact", "Nearest", "Search", "Solver", "Sweep"]

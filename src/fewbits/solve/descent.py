@@ -27,7 +27,7 @@ from fewbits.tensor import Quantized
 
 @dataclass(frozen=True)
 class Descent:
-    """The codes that ``start`` finds, improved by ``passes`` over all columns. ``damp`` as there.
+    """The codes that ``start`` finds, improved by ``passes`` over all columns with the damping that it needed.
 
     Columns are taken in their natural order. Channels that calibration never saw keep their codes.
     """
@@ -40,6 +40,10 @@ class Descent:
     @property
     def needs(self) -> frozenset[str]:
         return self.start.needs
+
+    @property
+    def damp(self) -> float:
+        return self.start.damp
 
     @property
     def scatters(self) -> bool:

@@ -115,7 +115,7 @@ def forecast(job: Job, target: Target | None = None, measure: bool = True) -> Fo
         method=plan.method,
         format=plan.format,
         components=components,
-        exact=not (plan.format == TEXT and any(getattr(e.grid, "nested", False) for e in on_grid)),
+        exact=_exact(job),
         parameters=sum(math.prod(source.checkpoint.shape(n)) for n in source.checkpoint.names()),
         bits_per_weight=bits / linear if linear else 0.0,
         grids={g: (grids[g], weights[g]) for g in grids},
@@ -131,6 +131,13 @@ def forecast(job: Job, target: Target | None = None, measure: bool = True) -> Fo
         seconds=seconds,
         largest=largest,
     )
+
+
+def _exact(job: Job) -> bool:
+    """Whether sizes follow from shapes: not those of numbers written as text, nor of what a split will keep."""
+    recipes = [r for r in job.recipes.values() if r is not None]
+    text = job.plan.format == TEXT and any(getattr(r.grid, "nested", False) for r in recipes)
+    return not text and not any(getattr(r, "split", None) for r in recipes)
 
 
 def _cost(job: Job) -> tuple[int, str, float]:

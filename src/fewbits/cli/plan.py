@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fewbits.cli.base import Debug, Json, Verbose, console, emit, human, number, size
+from fewbits.errors import RequestError
 
 
 def command(
@@ -31,6 +34,14 @@ def command(
     context: Annotated[int, typer.Option(help="Tokens of a sequence, for the KV cache.")] = 4096,
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     bandwidth: Annotated[str | None, typer.Option(metavar="SIZE", help="Of its memory per second: 936GB.")] = None,
+    purpose: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="TARGET",
+            help="Which method? hopper, blackwell, ada, ampere, cpu, edge, finetune or quality; ranked, with reasons.",
+        ),
+    ] = None,
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time and memory of quantizing here.")] = True,
     verbose: Verbose = False,
     as_json: Json = False,
@@ -45,6 +56,8 @@ def command(
         fewbits plan ./model --method awq --bits 4 --memory 24GiB --context 8192
 
         fewbits plan ./model --method q4_k_m --json
+
+        fewbits plan ./model --for hopper --memory 80GB --batch 64
     """
     from fewbits.advise.forecast import Target, forecast
     from fewbits.advise.headers import open_headers
@@ -53,6 +66,12 @@ def command(
     rate = size(bandwidth, "--bandwidth")
     target = Target(size(memory, "--memory"), context, batch, None if rate is None else float(rate))
     source = open_headers(src)
+    if purpose is not None:
+        advice = advise(source, purpose, target)
+        show_advice(src, advice, verbose)
+        if as_json:
+            emit({"source": src} | advice)
+        return
     options: dict[str, Any] = {"grid": grid, "bits": bits, "group_size": group_size, "symmetric": symmetric}
     options |= {"lm_head": lm_head, "activations": activations, "kv_cache": kv_cache, "format": format}
     options |= {
@@ -113,3 +132,55 @@ def _facts(found: dict[str, Any]) -> dict[str, str | None]:
         else None,
         "tied": ", ".join(found["tied"]) + " is the embedding itself and stays with it" if found["tied"] else None,
     }
+
+
+# ---- which method ----------------------------------------------------------------------------------------------------
+
+_GROUPS = (128, 64, 32)
+
+
+def advise(source: Any, purpose: str, target: Any) -> dict[str, Any]:
+    """Ranked methods for a model and a purpose, each planned for this model; as JSON types."""
+    from fewbits.advise.advice import Situation, advise
+
+    situation = Situation(purpose, target.batch, target.context)
+    bits = None
+    if target.memory is not None:
+        bits = planned(source, {"method": "rtn", "format": "fewbits"}, target).largest
+    return advise(replace(situation, bits=bits), lambda option: planned(source, option, target)).to_json()
+
+
+def planned(source: Any, option: Mapping[str, Any], target: Any) -> Any:
+    """The plan of an option of the advice, in smaller groups where the model's widths want them."""
+    from fewbits.advise.forecast import forecast
+    from fewbits.api import quantize
+
+    fields: dict[str, Any] = {k: option[k] for k in ("method", "format", "activations") if k in option}
+    fields |= option.get("options") or {}
+    groups = [g for g in _GROUPS if g <= fields["group_size"]] if "group_size" in fields else [None]
+    for group in groups:
+        given = fields if group is None else fields | {"group_size": group}
+        try:
+            job: Any = quantize(source, Path("planned"), dry_run=True, **given)
+        except RequestError:
+            if group == groups[-1]:
+                raise
+            continue
+        return forecast(job, target, measure=False)
+
+
+def show_advice(src: str, advice: dict[str, Any], verbose: bool) -> None:
+    """The best three with their reasons (all with ``verbose``), then what else is worth saying."""
+    out = console()
+    out.print(f"{src}: for {advice['target']}, {advice['batch']} x {advice['context']} tokens", markup=False)
+    shown = advice["choices"] if verbose else advice["choices"][:3]
+    for i, c in enumerate(shown, 1):
+        size_of = human(c["size_bytes"]) if c["size_bytes"] else "size unknown"
+        short = "" if c["fits"] else "  DOES NOT FIT"
+        out.print(f"{i}. {c['flags']}  ({number(c['bits_per_weight'], 2)} bits, {size_of}){short}", markup=False)
+        for r in c["reasons"]:
+            out.print(f"   {r['why']}\n   {r['figure']} [{r['source']}]", markup=False)
+    for a in advice["also"]:
+        out.print(f"also {a['flags']}: {a['why']} ({a['figure']})", markup=False)
+    for w in advice["warnings"]:
+        out.print(f"beware: {w['warning']}: {w['figure']} [{w['source']}]", markup=False)

@@ -25,7 +25,7 @@ PROBE_TOKENS = 1024
 
 
 def quantize(
-    source: str | Path,
+    source: str | Path | Source,
     out: str | Path,
     *,
     method: str = "gptq",
@@ -54,12 +54,11 @@ def quantize(
 ) -> Result | Job:
     """Quantize a model into a checkpoint directory.
 
-    ``source`` is a transformers directory or a hub id; ``grid`` a name of :data:`fewbits.grids.NAMED_GRIDS` or a grid
-    in place of the method's; ``bits``, ``group_size`` and ``symmetric`` default to what the
-    method's paper uses (``group_size`` -1 is per channel); ``activations`` is a scheme or the name of one
-    (:data:`fewbits.activations.PRESETS`; "none" leaves inputs alone), by default the method's; ``kv_cache``
-    ("int8", "fp8", ...) is written down for the reader; ``format`` is
-    one of :data:`fewbits.formats.LAYOUTS`;
+    ``source`` is a transformers directory, a hub id or an open Source; ``grid`` a name of
+    :data:`fewbits.grids.NAMED_GRIDS` or a grid in place of the method's; ``bits``, ``group_size`` and ``symmetric``
+    default to what the method's paper uses (``group_size`` -1 is per channel); ``activations`` is a scheme or the name
+    of one (:data:`fewbits.activations.PRESETS`; "none" leaves inputs alone), by default the method's; ``kv_cache``
+    ("int8", "fp8", ...) is written down for the reader; ``format`` is one of :data:`fewbits.formats.LAYOUTS`;
     ``calibration`` a text file, texts, or the name of a fetched asset; ``max_memory`` bytes for activations;
     ``compute`` what calibration's products are in, "bf16", "fp32" or "fixed" (13-bit fixed point), by default the
     fastest on this processor; ``dtype`` in which everything that is not quantized is stored; ``lm_head`` quantizes the
@@ -79,7 +78,7 @@ def quantize(
     mixed = mixture.is_mixture(method)
     home = "gguf" if mixed else methods.method(method).format
     layout = formats.get(format or home)
-    opened = Source.open(source)
+    opened = source if isinstance(source, Source) else Source.open(source)
     kept = dtype or ("float32" if layout.name == "gguf" else storage_dtype(opened))
     spec = "c4" if calibration is None else str(calibration) if isinstance(calibration, (str, Path)) else "texts"
     common: dict[str, Any] = {
@@ -107,7 +106,8 @@ def quantize(
     if lm_head:
         plan = _with_head(plan, opened.head_name)
     plan = plan.with_scales(layout.scale_dtype or kept)
-    rows, held_out = _rows(opened, plan, calibration)
+    unread = dry_run and calibration is None  # a dry run reads no text that nobody named
+    rows, held_out = (None, None) if unread else _rows(opened, plan, calibration)
     job = Job.check(
         opened, plan, rows=rows, held_out=held_out, max_memory=max_memory, emit=on_event or (lambda event: None)
     )

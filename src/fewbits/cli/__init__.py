@@ -9,7 +9,20 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from fewbits.cli import bench, compare, convert, evaluate, fetch, finetune, generate, inspect, merge, quantize, report
+from fewbits.cli import (
+    bench,
+    compare,
+    convert,
+    evaluate,
+    fetch,
+    finetune,
+    generate,
+    inspect,
+    merge,
+    plan,
+    quantize,
+    report,
+)
 from fewbits.cli.base import explain, interrupted, stderr
 
 app = typer.Typer(
@@ -35,6 +48,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "finetune": finetune.command,
     "merge": merge.command,
     "generate": generate.command,
+    "plan": plan.command,
 }
 for _verb, _command in VERBS.items():
     app.command(_verb)(_command)

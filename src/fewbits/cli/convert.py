@@ -12,41 +12,98 @@ from fewbits.errors import RequestError
 
 
 def command(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="A transformers directory, or a .gguf file.")],
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="A checkpoint, dense or quantized: a directory or a .gguf file.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A .gguf file to make, or a directory.")],
-    format: Annotated[str | None, typer.Option(help="gguf or transformers; default: what OUT's name says.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="gguf, transformers (dense), gptq, awq, compressed-tensors, bitsandbytes or fewbits."),
+    ] = None,
     type: Annotated[
-        str, typer.Option(help="GGUF: f16, bf16, f32, q8_0, q4_k_m ...; transformers: f16, bf16 or f32.")
-    ] = "f16",
+        str | None, typer.Option(help="GGUF: f16, bf16, f32, q8_0, q4_k_m ...; transformers: f16, bf16 or f32.")
+    ] = None,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Round what the new format cannot hold exactly.")] = False,
     imatrix: Annotated[Path | None, typer.Option(help="llama.cpp's importance matrix for the searches.")] = None,
     split: Annotated[str | None, typer.Option(metavar="SIZE", help="Several GGUF files of at most this size.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when it exists.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Convert a transformers directory to GGUF (what llama.cpp's converter and quantizer make of it), or back.
+    """Convert a checkpoint to another format; default: gguf or transformers, as OUT's name says.
 
-    Exact for f32, and for f16 and bf16 when the weights have that dtype already; rounding to nearest otherwise.
+    A dense model becomes GGUF (what llama.cpp's converter and quantizer make of it), and a .gguf file a dense one:
+    exact for f32, and for f16 and bf16 when the weights have that dtype already.
+
+    A quantized model keeps its numbers to the bit, wherever the new format has a grid that equals the old one; else it
+    is refused, unless --lossy. As a dense model it is float32 unless --type says otherwise.
 
     [bold]Examples[/bold]
 
         fewbits convert ./smollm2 smollm2-q4_k_m.gguf --type q4_k_m
 
         fewbits convert model.gguf ./model
+
+        fewbits convert ./model-gptq ./model-awq --format awq
     """
-    wanted = choice(format or ("gguf" if out.suffix == ".gguf" else "transformers"), ("gguf", "transformers"), "format")
+    from fewbits.formats import LAYOUTS
+
+    default = "gguf" if out.suffix == ".gguf" else "transformers"
+    wanted = choice(format or default, (*LAYOUTS, "transformers"), "format")
     if out.exists() and not overwrite:
         raise RequestError(f"{out} exists; choose another output, or give --overwrite to replace it")
     stderr(f"converting {src} ...")
-    if wanted == "gguf":
-        paths, exact = to_gguf(src, out, (type, imatrix, size(split, "--split")))
+    if quantized(src, wanted):
+        found = carry_over(src, out, wanted, type, lossy)
     else:
-        paths, exact = to_transformers(src, out, type)
-    total = sum(p.stat().st_size for p in paths)
-    found: dict[str, Any] = {"out": str(out), "format": wanted, "type": type, "size_bytes": total, "exact": exact}
-    stderr(f"{out}: {human(total)}, {'exact' if exact else 'rounded'}")
+        paths, exact = (
+            to_gguf(src, out, (type or "f16", imatrix, size(split, "--split")))
+            if wanted == "gguf"
+            else to_transformers(src, out, type or "f16")
+        )
+        total = sum(p.stat().st_size for p in paths)
+        found = {"out": str(out), "format": wanted, "type": type or "f16", "size_bytes": total, "exact": exact}
+    stderr(f"{out}: {human(found['size_bytes'])}, {'exact' if found['exact'] else 'rounded'}")
     if as_json:
         emit(found)
+
+
+def quantized(src: str, wanted: str) -> bool:
+    """Whether weights carry their codes over: from a quantized directory, or from GGUF into another quantized format.
+
+    A .gguf file as a dense model goes the old way, which also knows the types that are decoded only.
+    """
+    from fewbits.formats import gguf_model
+
+    path = Path(src)
+    if path.suffix == ".gguf" or (path.is_dir() and not any(path.glob("*.safetensors")) and any(path.glob("*.gguf"))):
+        return wanted not in ("gguf", "transformers")
+    if not (path / "config.json").is_file():
+        return False
+    carried = "quantization_config" in gguf_model.read_config(path)
+    if not carried and wanted not in ("gguf", "transformers"):
+        raise RequestError(f"{src} is not quantized; use `fewbits quantize {src} OUT --format {wanted}`")
+    return carried
+
+
+def carry_over(src: str, out: Path, wanted: str, kind: str | None, lossy: bool) -> dict[str, Any]:
+    """Codes and scales from one format to another; what happened, as JSON types."""
+    import torch
+
+    from fewbits.formats.convert import convert
+
+    dtypes = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+    if kind is not None and wanted != "transformers":
+        raise RequestError(f"--type {kind} given, but a quantized model keeps its own grids in {wanted}; drop --type")
+    made = convert(src, out, wanted, dtypes[choice(kind or "f32", dtypes, "type")], lossy).to_json()
+    for line in made["notes"]:
+        stderr(f"note: {line}")
+    for grid, count in made["grids"].items():
+        stderr(f"{count} weights exact as {grid}")
+    if made["rounded"]:
+        worst = max(made["rounded"], key=made["rounded"].get)
+        stderr(f"{len(made['rounded'])} weights rounded, {worst} most: relative error {made['rounded'][worst]:.2e}")
+    return dict(made)
 
 
 def to_gguf(src: str, out: Path, how: tuple[str, Path | None, int | None]) -> tuple[list[Path], bool]:

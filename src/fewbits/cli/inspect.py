@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fewbits.cli.base import Debug, Json, Verbose, console, emit, human, number
-from fewbits.errors import RequestError
+from fewbits.cli.base import Debug, Json, Verbose, console, emit, human, number, stderr
+from fewbits.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     from fewbits.evaluate import Census
@@ -22,7 +22,7 @@ _NARROW = (0, 1, 4, 5, 8, 10)  # columns of the page's table that fit a terminal
 def command(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A checkpoint directory or a .safetensors file.")],
     check: Annotated[
-        bool, typer.Option("--check", help="Read every tensor: all codes in range, all numbers finite.")
+        bool, typer.Option("--check", help="Examine every tensor; say what is damaged, and who will load it.")
     ] = False,
     activations: Annotated[
         bool, typer.Option("--activations", help="Run a text through a dense model: outliers of every layer's input.")
@@ -61,14 +61,36 @@ def command(
     shares = parse_shares(zeroing)
     if html is not None and not html.absolute().parent.is_dir():
         raise RequestError(f"--html {html}: no such directory; make {html.parent} first")
-    found = census(path, check)
+    examined = examine(path, as_json) if check else {}
+    found = census(path)
     report(found, verbose)
-    result = found.to_json() | {"checked": check}
+    result = found.to_json() | {"checked": check} | examined
     if activations:
         result["activations"] = outliers(path, text, (samples, seq_len, windows), sigmas, shares)
         show(result["activations"], verbose, html)
     if as_json:
         emit(result)
+
+
+def examine(path: str, as_json: bool) -> dict[str, Any]:
+    """What the doctor says, on stderr and as JSON types. Raises CheckpointError when something is damaged."""
+    from fewbits.advise.doctor import check
+
+    found = check(path)
+    result = found.to_json()
+    for finding in found.findings:
+        stderr(str(finding))
+    for note in found.notes:
+        stderr(f"note: {note}")
+    for loader, verdict in found.loads.items():
+        why = "; ".join(verdict.reasons) if verdict.reasons else verdict.needs
+        stderr(f"{loader}: {'loads' if verdict.loads else 'does NOT load'}{f' ({why})' if why else ''}")
+    if not found.healthy:
+        if as_json:
+            emit(result | {"checked": True})
+        first, more = found.findings[0], len(found.findings) - 1
+        raise CheckpointError(f"{path} is damaged: {first}{f' (and {more} more findings)' if more else ''}")
+    return {k: result[k] for k in ("healthy", "findings", "notes", "loads")}
 
 
 def parse_shares(given: str | None) -> list[float]:

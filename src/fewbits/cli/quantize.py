@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,10 +112,13 @@ def command(
         "dry_run": dry_run,
     }
     result = run(src, out, options, verbose)
-    if gate and not dry_run:
+    if dry_run:
+        show_plan(src, result, verbose, as_json)
+        return
+    if gate:
         result |= gate.measure(src, out)
     report(result, as_json)
-    if gate and not dry_run:
+    if gate:
         gate.require(result, out)
 
 
@@ -145,22 +147,19 @@ def run(src: str, out: Path, options: dict[str, Any], verbose: bool) -> dict[str
 
 
 def planned(job: Any, out: Path) -> dict[str, Any]:
-    """What a dry run says of a checked job: sizes from shapes and grids alone, what stays dense counted at 16 bits."""
-    weights = bits = 0.0
-    for e in (e for e in job.entries if e.grid is not None):
-        weights += math.prod(e.shape)
-        bits += math.prod(e.shape) * e.grid.cost(e.shape) + (32 * e.shape[1] if e.scattered else 0)
-    stored = job.source.checkpoint
-    every = sum(math.prod(stored.shape(name)) for name in stored.names())
-    return {
-        "dry_run": True,
-        "out": str(out),
-        "method": job.plan.method,
-        "format": job.plan.format,
-        "tensors": sum(e.grid is not None for e in job.entries),
-        "bits_per_weight": bits / weights if weights else None,
-        "size_bytes": int(bits / 8 + 2 * (every - weights)),
-    }
+    """What a dry run says of a checked job: see `fewbits plan`."""
+    from fewbits.advise import forecast
+
+    return {"dry_run": True, "out": str(out)} | forecast(job).to_json()
+
+
+def show_plan(src: str, found: dict[str, Any], verbose: bool, as_json: bool) -> None:
+    """As `fewbits plan` prints it."""
+    from fewbits.cli.plan import report
+
+    report(src, found, verbose)
+    if as_json:
+        emit(found)
 
 
 def report(result: dict[str, Any], as_json: bool) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fewbits.errors import CheckpointError
+from fewbits.formats.common import describe
 from fewbits.storage import Checkpoint
 
 # Two-dimensional weights that are looked up or tied to a lookup: not linear layers of the decoder.
 _NOT_LINEAR = ("embed", "wte", "wpe", "lm_head")
-SEARCH = frozenset({"ratios", "norm", "rule", "quantile", "peak"})
-"""Fields of grids that say how parameters were found, not what they are."""
 
 
 @dataclass(frozen=True)
@@ -165,14 +164,6 @@ def _quantized(checkpoint: Checkpoint, quantization: dict[str, Any], check: bool
             checkpoint.release()
         modules.append(ModuleBits(module, *known[key], sum(checkpoint.nbytes(n) for n in names)))
     return layout.name, modules
-
-
-def describe(grid: Any) -> str:
-    """A grid in a few words: its class and the fields that differ from the defaults, search settings left out."""
-    if not is_dataclass(grid):
-        return str(grid)
-    facts = {f.name: getattr(grid, f.name) for f in fields(grid) if f.name not in SEARCH}
-    return f"{type(grid).__name__.lower()}({', '.join(f'{k}={v}' for k, v in facts.items())})"
 
 
 def _dense(checkpoint: Checkpoint) -> list[ModuleBits]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from importlib import metadata
 from typing import Any, TypeVar
 
@@ -27,6 +27,14 @@ def stored(grid: G) -> G:
     """The part of a grid that a file holds: how its parameters were searched for is not stored anywhere."""
     known: Any = grid
     return replace(known, **{f.name: f.default for f in fields(known) if f.name in _SEARCH})
+
+
+def describe(grid: Any) -> str:
+    """A grid in a few words: its class and fields, search settings left out."""
+    if not is_dataclass(grid):
+        return str(grid)
+    facts = {f.name: getattr(grid, f.name) for f in fields(grid) if f.name not in _SEARCH}
+    return f"{type(grid).__name__.lower()}({', '.join(f'{k}={v}' for k, v in facts.items())})"
 
 
 def usual(grids: Iterable[Int]) -> Int | None:

@@ -54,7 +54,7 @@ class GPTQ:
         if reasons := list(_reasons(Entry(name, q.shape, grid), grid)):
             raise RequestError(f"{name}: format gptq cannot store it: {reasons[0]}")
         zero = common.zeros(q, grid)
-        if self.version == 1 and not int(zero.min()):
+        if self.version == 1 and "zero" in q.params and not int(zero.min()):
             raise RequestError(f"{name}: zero point 0 cannot be stored in version 1 of format gptq; write version 2")
         return {
             f"{name}.qweight": bitpack.pack(q.codes, grid.bits, dim=1).t().contiguous(),

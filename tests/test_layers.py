@@ -32,6 +32,7 @@ LAYERS: dict[str, float] = {
     "api": 9,
     "evaluate": 9,
     "report": 9,
+    "compare": 9.5,
     "advise": 9,
     "finetune": 9,
     "engine": 9,

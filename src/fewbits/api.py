@@ -49,6 +49,7 @@ def quantize(
     compute: str | None = None,
     dtype: str | None = None,
     lm_head: bool = False,
+    stream: str = "quantized",
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result | Job:
     """Quantize a model into a checkpoint directory.
@@ -62,7 +63,8 @@ def quantize(
     ``calibration`` a text file, texts, or the name of a fetched asset; ``max_memory`` bytes for activations;
     ``compute`` what calibration's products are in, "bf16", "fp32" or "fixed" (13-bit fixed point), by default the
     fastest on this processor; ``dtype`` in which everything that is not quantized is stored; ``lm_head`` quantizes the
-    output head too, which a model with tied embeddings cannot. ``dry_run`` returns the checked job.
+    output head too, which a model with tied embeddings cannot; ``stream`` "original" calibrates each block on the
+    original model's activations instead of the "quantized" ones. ``dry_run`` returns the checked job.
 
     Raises RequestError (the request cannot be carried out), CheckpointError (damaged model); see :mod:`fewbits.errors`.
     """
@@ -87,6 +89,7 @@ def quantize(
         "dtype": kept,
         "seed": seed,
         "kv_cache": kv_cache,
+        "stream": stream,
     }
     if lm_head and (mixed or recipe is not None):
         raise RequestError(

@@ -28,6 +28,7 @@ KINDS: dict[str, type] = {"int": Int, "float": Float, "nearest": Nearest, "sweep
 KINDS |= {"int16": Int16}
 KINDS |= {"table": Table, "vectorwise": Vectorwise, "block": Block, "search": Search, "smooth": Smooth}
 KV_CACHES = ("int8", "int4", "int2", "fp8")
+STREAMS = ("quantized", "original")
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,20 @@ class Plan:
     outside: tuple[Rule, ...] = ()
     """Rules for weights outside the blocks (embedding, head), rounded without calibration; others stay dense."""
     kv_cache: str | None = None
+    stream: str = "quantized"
+    """Whose outputs a block is calibrated on: those of the blocks as "quantized" before it, so that it sees their
+    errors, or those of the "original" blocks, which are the same for every method."""
 
     def __post_init__(self) -> None:
         if self.kv_cache not in (None, *KV_CACHES):
             raise RequestError(f"KV cache {self.kv_cache!r} is unknown; allowed: {', '.join(KV_CACHES)}")
+        if self.stream not in STREAMS:
+            raise RequestError(f"stream {self.stream!r} is unknown; allowed: {', '.join(STREAMS)}")
+        if self.stream == "original" and any(r.recipe and r.recipe.activations for r in self.rules):
+            raise RequestError(
+                "stream 'original' given, but quantized inputs need statistics of what each layer really reads; "
+                "leave it at 'quantized'"
+            )
 
     def assign(self, names: Sequence[str]) -> dict[str, Recipe | None]:
         """The recipe of each weight. Raises RequestError for a weight without rule or a rule that matches nothing."""

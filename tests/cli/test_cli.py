@@ -195,14 +195,17 @@ def test_the_quality_gate(
 ) -> None:
     class Measured:
         def to_json(self) -> dict[str, Any]:
-            return {"kl_mean": 0.1, "perplexity": 20.0}
+            return {"kl_mean": 0.1, "perplexity": 20.0, "reference_perplexity": 16.0}
 
     given: dict[str, Any] = {}
 
     def quantize(src: str, out: Path, **options: Any) -> Finished:
         given.update(options, src=src, out=out)
+        out.mkdir()
+        (out / "fewbits_events.jsonl").write_text("")
         return Finished()
 
+    monkeypatch.chdir(tmp_path)
     text = tmp_path / "t.txt"
     text.write_text("words")
     monkeypatch.setattr("fewbits.api.quantize", quantize)
@@ -212,6 +215,7 @@ def test_the_quality_gate(
     out, err = capsys.readouterr()
     found = json.loads(out.splitlines()[-1])
     assert found["kl_mean"] == 0.1 and found["bits_per_weight"] == 4.25 and found["tensors"] == 7
+    assert found["ppl_ratio"] == 1.25 and found["worst"] == []
     assert ("error: KL 0.1000 is above --max-kl 0.05" in err) == (code == 3)
     assert given["max_memory"] == 3 * 2**29 and given["symmetric"] is False
     assert (given["group_size"], given["seed"], given["bits"]) == (-1, 3, None)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from fewbits.cli import convert, evaluate, fetch, finetune, generate, inspect, merge, quantize
+from fewbits.cli import bench, compare, convert, evaluate, fetch, finetune, generate, inspect, merge, quantize, report
 from fewbits.cli.base import explain, interrupted, stderr
 
 app = typer.Typer(
@@ -27,6 +27,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "fetch": fetch.command,
     "quantize": quantize.command,
     "eval": evaluate.command,
+    "bench": bench.command,
+    "compare": compare.command,
+    "report": report.command,
     "inspect": inspect.command,
     "convert": convert.command,
     "finetune": finetune.command,

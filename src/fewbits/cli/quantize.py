@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from fewbits.cli.base import Debug, Json, Verbose, choice, console, emit, human, number, size, stderr
+from fewbits.cli.gate import Gate
 from fewbits.cli.progress import Progress
-from fewbits.errors import QualityError, RequestError
 
 
 def command(
@@ -62,9 +62,14 @@ def command(
     max_kl: Annotated[
         float | None, typer.Option(metavar="X", help="Exit 3 when KL from the original is larger.")
     ] = None,
-    eval_text: Annotated[str | None, typer.Option(metavar="TEXT", help="Text for --max-kl; default wikitext2.")] = None,
-    eval_ctx: Annotated[int, typer.Option(help="Tokens per window for --max-kl.")] = 2048,
-    eval_windows: Annotated[int, typer.Option(help="Windows for --max-kl.")] = 5,
+    max_ppl_ratio: Annotated[
+        float | None, typer.Option(metavar="R", help="Exit 3 when perplexity over the original's is larger.")
+    ] = None,
+    eval_text: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Text for these limits; default wikitext2.")
+    ] = None,
+    eval_ctx: Annotated[int, typer.Option(help="Tokens per window for these limits.")] = 2048,
+    eval_windows: Annotated[int, typer.Option(help="Windows for these limits.")] = 5,
     verbose: Verbose = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -81,12 +86,8 @@ def command(
 
     An interrupted run goes on with the same command and --resume.
     """
-    if eval_text is not None and max_kl is None:
-        raise RequestError(
-            "--eval-text is the text for --max-kl, which was not given; give --max-kl X, or use `fewbits eval`"
-        )
-    if max_kl is not None and not max_kl >= 0:
-        raise RequestError(f"--max-kl {max_kl} is not a limit; give a number of nats, 0 or more")
+    gate = Gate(max_kl, max_ppl_ratio, eval_text, eval_ctx, eval_windows)
+    gate.check()
     memory = size(max_memory, "--max-memory")
     known(method, format, grid)
     options: dict[str, Any] = {
@@ -111,13 +112,12 @@ def command(
         "compute": compute,
         "dry_run": dry_run,
     }
-    if max_kl is not None and not dry_run:
-        readable(eval_text)
     result = run(src, out, options, verbose)
-    if max_kl is None or dry_run:
-        report(result, as_json)
-        return
-    gate(src, out, result, max_kl, (eval_text, eval_ctx, eval_windows), as_json)
+    if gate and not dry_run:
+        result |= gate.measure(src, out)
+    report(result, as_json)
+    if gate and not dry_run:
+        gate.require(result, out)
 
 
 def known(method: str, format: str | None, grid: str | None = None) -> None:
@@ -132,13 +132,6 @@ def known(method: str, format: str | None, grid: str | None = None) -> None:
         choice(format, LAYOUTS, "format")
     if grid is not None:
         choice(grid, NAMED_GRIDS, "grid")
-
-
-def readable(text: str | None) -> None:
-    """RequestError before hours of work when the text of ``--max-kl`` cannot be read."""
-    from fewbits.evaluate import text as texts
-
-    texts.read(text or "wikitext2")
 
 
 def run(src: str, out: Path, options: dict[str, Any], verbose: bool) -> dict[str, Any]:
@@ -170,24 +163,6 @@ def planned(job: Any, out: Path) -> dict[str, Any]:
     }
 
 
-def gate(
-    src: str, out: Path, result: dict[str, Any], max_kl: float, how: tuple[str | None, int, int], as_json: bool
-) -> None:
-    """Measure KL from the original; QualityError when it is above the limit. The output stays, to be looked at."""
-    from fewbits.evaluate import evaluate
-
-    text, ctx, windows = how
-    with Progress("evaluating", "window", "windows") as progress:
-        found = evaluate(out, text=text, ctx=ctx, windows=windows, reference=src, on_event=progress).to_json()
-    result = result | {"max_kl": max_kl, "kl_mean": found["kl_mean"], "perplexity": found["perplexity"], "eval": found}
-    report(result, as_json)
-    if not found["kl_mean"] <= max_kl:
-        raise QualityError(
-            f"KL {found['kl_mean']:.4f} is above --max-kl {max_kl:g}; {out} is kept; "
-            "give more bits, a smaller --group-size or a higher limit"
-        )
-
-
 def report(result: dict[str, Any], as_json: bool) -> None:
     """The summary for people on stderr, and the JSON line."""
     from rich.table import Table
@@ -205,6 +180,7 @@ def report(result: dict[str, Any], as_json: bool) -> None:
         "peak memory": human(result["peak_rss_bytes"]) if "peak_rss_bytes" in result else None,
         "KL on held-out calibration rows": number(result["kl"]) if result.get("kl") is not None else None,
         "KL from the original": number(result["kl_mean"]) if "kl_mean" in result else None,
+        "perplexity over the original's": number(result["ppl_ratio"]) if "ppl_ratio" in result else None,
     }
     for key, value in rows.items():
         if value is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from pathlib import Path
@@ -16,11 +15,10 @@ from fewbits.errors import CheckpointError, RequestError
 from fewbits.evaluate import hidden as hiddens
 from fewbits.evaluate import interval, score
 from fewbits.evaluate import text as texts
+from fewbits.evaluate.against import Reference, Settings
 from fewbits.evaluate.base import Evaluation, OnEvent
 from fewbits.evaluate.census import census
 from fewbits.runtime import engines
-
-_SAMPLE = 20_000  # characters on which two tokenizers must agree
 
 
 def evaluate(
@@ -50,8 +48,8 @@ def evaluate(
     """
     started = time.perf_counter()
     engines.check(engine, kv_cache)
-    run = _Run(ctx, windows, max(1, batch), _dtype(dtype), on_event or (lambda event: None), _cache(kv_cache))
-    run.engine = engine
+    settings = Settings(ctx, windows, max(1, batch), float_type(dtype), on_event or (lambda event: None))
+    run = _Run(settings, _cache(kv_cache), engine)
     name = "wikitext2" if text is None else text
     content = texts.read(name)
     if reference is None:
@@ -59,7 +57,7 @@ def evaluate(
     else:
         losses = run.against(path, reference, content)
     facts = census(path) if Path(path).exists() else None
-    return _summary(
+    return summary(
         losses,
         {
             "model": str(path),
@@ -87,51 +85,27 @@ def _cache(kind: str | None) -> str | None:
 class _Run:
     """One evaluation: the settings that both models share."""
 
-    def __init__(self, ctx: int, windows: int, batch: int, dtype: torch.dtype, tell: OnEvent, kv_cache: str | None):
-        self.kv_cache, self.engine = kv_cache, "fewbits"
+    def __init__(self, settings: Settings, kv_cache: str | None, engine: str):
+        self.settings, self.kv_cache, self.engine = settings, kv_cache, engine
         self.cache_facts: dict[str, Any] = {"kv_cache": kv_cache}
-        self.ctx, self.windows, self.batch, self.dtype, self.tell = ctx, windows, batch, dtype, tell
 
     def alone(self, path: str | Path, content: str) -> Tensor:
         """NLL, float64 ``[windows * (ctx - 1)]``."""
-        model, _, ids = self._open(path, content, self.engine)
+        s = self.settings
+        model, tokenizer = s.load(path, self.engine)
+        ids = texts.windows(tokenizer, content, s.ctx, s.windows)
         body, head = hiddens.split(model, ids[0])
         self._measure(model)
         found = []
-        for _, some in self._walk(ids, "model"):
+        for _, some in s.walk(ids, "model"):
             for row, h in zip(some, hiddens.states(body, some, self.kv_cache), strict=True):
                 found.append(score.losses(h[:-1], head, row[1:]))
         return torch.cat(found)
 
     def against(self, path: str | Path, reference: str | Path, content: str) -> Tensor:
         """float64 ``[4, windows * (ctx - 1)]``, as :func:`fewbits.evaluate.score.compare`."""
-        model, tokenizer, ids = self._open(reference, content)
-        body, head_p = hiddens.split(model, ids[0])
-        width = hiddens.states(body, ids[:1, :2]).shape[-1]
-        with hiddens.Store(self.windows, self.ctx, width) as kept:
-            for first, some in self._walk(ids, "reference"):
-                kept.put(first, hiddens.states(body, some))
-            sample = texts.encode(tokenizer, content[:_SAMPLE])
-            del body, model, tokenizer
-            gc.collect()
-            return self._second(path, kept, head_p, ids, (content, sample))
-
-    def _second(
-        self, path: str | Path, kept: hiddens.Store, head_p: hiddens.Head, ids: Tensor, agreed: tuple[str, Tensor]
-    ) -> Tensor:
-        model, tokenizer = self._load(path, self.engine)
-        content, sample = agreed
-        if not torch.equal(texts.encode(tokenizer, content[:_SAMPLE]), sample):
-            raise RequestError(
-                f"{path} and its reference tokenize the text differently; give the model that it was made from"
-            )
-        body, head_q = hiddens.split(model, ids[0])
-        self._measure(model)
-        found = []
-        for first, some in self._walk(ids, "model"):
-            for i, (row, h) in enumerate(zip(some, hiddens.states(body, some, self.kv_cache), strict=True)):
-                found.append(score.compare((kept[first + i][:-1], head_p), (h[:-1], head_q), row[1:]))
-        return torch.cat(found, 1)
+        with Reference(reference, {"text": content}, self.settings) as ref:
+            return ref.compare(path, self.kv_cache, self._measure, self.engine)["text"]
 
     def _measure(self, model: Any) -> None:
         """Sizes of the quantized cache for the report."""
@@ -143,29 +117,9 @@ class _Run:
                 "kv_bytes_per_token_16bit": bytes_per_token(model.config, None),
             }
 
-    def _walk(self, ids: Tensor, which: str) -> Any:
-        for first, some in hiddens.batches(ids, self.batch):
-            yield first, some
-            done = first + len(some)
-            self.tell({"event": "window", "which": which, "window": done, "windows": self.windows})
 
-    def _open(self, path: str | Path, content: str, engine: str = "fewbits") -> tuple[Any, Any, Tensor]:
-        model, tokenizer = self._load(path, engine)
-        return model, tokenizer, texts.windows(tokenizer, content, self.ctx, self.windows)
-
-    def _load(self, path: str | Path, engine: str) -> tuple[Any, Any]:
-        model, tokenizer = engines.load(path, self.dtype, engine)
-        if tokenizer is None:
-            raise RequestError(f"{path} has no tokenizer; copy the tokenizer files of the original model into it")
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit is not None and self.ctx > limit:
-            raise RequestError(
-                f"--ctx {self.ctx} is more than the {limit} positions of {path}; give --ctx {limit} or less"
-            )
-        return model.eval(), tokenizer
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+def float_type(dtype: torch.dtype | str | None) -> torch.dtype:
+    """A floating-point type by name, float32 for None. Raises RequestError."""
     if isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype or "float32", None)
@@ -174,8 +128,8 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return found
 
 
-def _summary(losses: Tensor, facts: dict[str, Any]) -> Evaluation:
-    """``losses`` is ``[1, n]`` (NLL) or ``[4, n]`` (NLL of P, NLL of Q, KL, agreement)."""
+def summary(losses: Tensor, facts: dict[str, Any]) -> Evaluation:
+    """Figures and their intervals. ``losses`` is ``[1, n]`` (NLL) or ``[4, n]`` (NLL of P, NLL of Q, KL, agreement)."""
     per = losses.numpy()
     if not np.isfinite(per).all():
         raise CheckpointError(f"the logits of {facts['model']} or its reference are not finite; the model is damaged")

@@ -25,13 +25,13 @@ from fewbits.formats import Entry, Layout
 from fewbits.model import Source
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.card import card
+from fewbits.pipeline.lane import Emit, Lane, part, share
 from fewbits.pipeline.memory import keep_freed_memory
 from fewbits.pipeline.probe import Probe
-from fewbits.pipeline.walk import DTYPES, Event, Walk, entries_of
+from fewbits.pipeline.walk import DTYPES, Walk, entries_of
 from fewbits.pipeline.work import WorkDir
 from fewbits.plan import Plan, Recipe
 
-Emit = Callable[[Event], None]
 HEAD = "head"
 """Name of the part that holds a quantized output head."""
 HEAD_FORMATS = ("fewbits", "gptq", "compressed-tensors")
@@ -94,28 +94,54 @@ class Job:
         resumed.
         """
         started = time.perf_counter()
+        work = self.begin(out, resume, overwrite)
+        with cleaned(work):
+            acts, waiting = self.acts(work.path)
+            lane = self.lane(work, acts is not None, waiting)
+            if acts is not None and self.plan.stream == "original":
+                share([lane], acts)
+            else:
+                self._blocks(lane, acts)
+            return self.finish(lane, acts, lambda: time.perf_counter() - started)
+
+    def begin(self, out: Path, resume: bool = False, overwrite: bool = False) -> WorkDir:
+        """The work directory, once everything that can be known to go wrong has been looked at."""
         if self.rows is not None:
             keep_freed_memory()
         work = WorkDir(out, resume, overwrite)
         self._room(out.parent)
         work.start(self._identity(), self.plan.to_yaml())
-        with _cleaned(work):
-            kl = self._blocks(work)
-            parts = self._outside(work)
-            bpw = self._bits_per_weight()
-            events = work.events([p for p in parts if not p.startswith("outside-")])
-            files = self._files(bpw, kl, events)
-            assemble = getattr(self.layout, "assemble", storage.merge)
-            size = work.publish(parts, files, self.source.copy_files(), assemble)
+        n, tensors = self.source.n_blocks, sum(r is not None for r in self.recipes.values())
+        self.emit({"event": "start", "blocks": n, "tensors": tensors})
+        for warning in formats.warnings(self.plan.format, self.entries):
+            self.emit({"event": "note", "message": warning})
+        return work
+
+    def lane(self, work: WorkDir, calibrated: bool, waiting: bool) -> Lane:
+        """This job as one of the results of a walk."""
+        walk = Walk(self.source, self.plan, self.recipes, self.layout, waiting)
+        probe = Probe.start(walk, self.held_out) if self.held_out is not None and calibrated else None
+        return Lane(walk, work, probe, self.emit)
+
+    def finish(self, lane: Lane, acts: Acts | None, seconds: Callable[[], float]) -> Result:
+        """Everything after the last block, and the output under its name. ``seconds()`` is what it took."""
+        work = lane.work
+        head = self._quantize_head(work, lane.walk, acts) if self.recipes.get(self.source.head_name) else None
+        kl = lane.probe.finish(head) if lane.probe else None
+        parts = self._outside(work)
+        bpw = self._bits_per_weight()
+        events = work.events([p for p in parts if not p.startswith("outside-")])
+        files = self._files(bpw, kl, events)
+        assemble = getattr(self.layout, "assemble", storage.merge)
+        size = work.publish(parts, files, self.source.copy_files(), assemble)
         quantized = sum(r is not None for r in self.recipes.values())
-        seconds = time.perf_counter() - started
         result = Result(
-            str(out),
+            str(work.out),
             self.plan.method,
             self.plan.format,
             bpw,
             size,
-            seconds,
+            seconds(),
             peak_rss(),
             quantized,
             kl["kl_mean"] if kl else None,
@@ -125,36 +151,22 @@ class Job:
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
-    def _blocks(self, work: WorkDir) -> dict[str, float] | None:
-        n = self.source.n_blocks
-        self.emit({"event": "start", "blocks": n, "tensors": sum(r is not None for r in self.recipes.values())})
-        for warning in formats.warnings(self.plan.format, self.entries):
-            self.emit({"event": "note", "message": warning})
-        acts, waiting = self._acts(work)
-        walk = Walk(self.source, self.plan, self.recipes, self.layout, waiting)
-        probe = Probe.start(walk, self.held_out) if self.held_out is not None and acts is not None else None
-        for i in range(n):
+    def _blocks(self, lane: Lane, acts: Acts | None) -> None:
+        """Every block on the outputs of the quantized blocks before it."""
+        walk, probe = lane.walk, lane.probe
+        for i in range(self.source.n_blocks):
             began = time.perf_counter()
-            name = f"block-{i:05d}"
-            if work.done(name):
-                self._replay(walk, i, acts, probe, work.part(name))
-                self.emit({"event": "block", "block": i, "blocks": n, "seconds": 0.0, "resumed": True})
+            if lane.done(i):
+                self._replay(lane, i, acts)
+                lane.skipped(i)
                 continue
             if probe:
                 probe.original(i)
             block = walk.quantize(i, acts)
-            work.write(name, block.tensors, block.events)
+            lane.store(i, block)
             if probe:
                 probe.quantized(i, block.tensors)
-            for event in block.events:
-                self.emit(event)
-                if "fallback" in event:
-                    self.emit({"event": "note", "message": f"{event['name']}: {event['fallback']}"})
-            error = sum(e["error"] for e in block.events) / max(1, len(block.events))
-            seconds = time.perf_counter() - began
-            self.emit({"event": "block", "block": i, "blocks": n, "seconds": seconds, "error": error})
-        head = self._quantize_head(work, walk, acts) if self.recipes.get(self.source.head_name) else None
-        return probe.finish(head) if probe else None
+            lane.tell(i, block, time.perf_counter() - began)
 
     def _quantize_head(self, work: WorkDir, walk: Walk, acts: Acts | None) -> Tensor:
         """Quantize the output head unless that is done; its weight as it was written."""
@@ -166,25 +178,24 @@ class Job:
         stored = storage.Checkpoint.open(work.part(HEAD))
         return walk.stored_head({k: stored.tensor(k) for k in stored.names()})
 
-    def _replay(self, walk: Walk, i: int, acts: Acts | None, probe: Probe | None, part: Path) -> None:
+    def _replay(self, lane: Lane, i: int, acts: Acts | None) -> None:
         if acts is None:
             return
-        stored = storage.Checkpoint.open(part)
-        tensors = {k: stored.tensor(k) for k in stored.names()}
-        if probe:
-            probe.original(i)
-        walk.replay(i, acts, tensors)
-        if probe:
-            probe.quantized(i, tensors)
+        tensors = lane.stored(i)
+        if lane.probe:
+            lane.probe.original(i)
+        lane.walk.replay(i, acts, tensors)
+        if lane.probe:
+            lane.probe.quantized(i, tensors)
 
-    def _acts(self, work: WorkDir) -> tuple[Acts | None, bool]:
-        """The activation store, and whether all batches may wait inside a block at once."""
+    def acts(self, folder: Path) -> tuple[Acts | None, bool]:
+        """The activation store, spilled into ``folder``, and whether all batches may wait inside a block at once."""
         if self.rows is None:
             return None, True
         rows, tokens = self.rows.shape
         width = int(self.source.text_config.hidden_size)
         budget = None if self.max_memory is None else self.max_memory // 4
-        acts = Acts(rows, tokens, width, budget, work.path)
+        acts = Acts(rows, tokens, width, budget, folder)
         for b, ids in acts.batches(self.rows):
             acts[b] = self.source.embed(ids)
         widest = max(e.shape[1] for e in self.entries)
@@ -200,18 +211,18 @@ class Job:
 
     def _outside(self, work: WorkDir) -> list[str]:
         """Everything that belongs to no block, one part per tensor; floats in the dtype of the plan."""
-        parts = [f"block-{i:05d}" for i in range(self.source.n_blocks)]
+        parts = [part(i) for i in range(self.source.n_blocks)]
         head = self.source.head_name
         if self.recipes.get(head):
             parts.append(HEAD)
         for k, name in enumerate(self.source.outside()):
             if name == f"{head}.weight" and HEAD in parts:
                 continue
-            part = f"outside-{k:05d}"
-            if not work.done(part):
-                work.write(part, self._stored(name), ())
+            own = f"outside-{k:05d}"
+            if not work.done(own):
+                work.write(own, self._stored(name), ())
                 self.source.checkpoint.release()
-            parts.append(part)
+            parts.append(own)
         return parts
 
     def _stored(self, name: str) -> dict[str, Tensor]:
@@ -292,7 +303,7 @@ def _head(source: Source, plan: Plan) -> list[str]:
 
 
 @contextmanager
-def _cleaned(work: WorkDir) -> Iterator[None]:
+def cleaned(work: WorkDir) -> Iterator[None]:
     """An error leaves nothing behind; an interruption leaves what ``resume`` needs."""
     try:
         yield

@@ -29,6 +29,7 @@ from fewbits.plan import Plan, Recipe
 from fewbits.solve import Nearest
 from fewbits.stats import Stats, loss
 from fewbits.tensor import Quantized
+from fewbits.transform import Diagonal
 
 Event = dict[str, Any]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -52,17 +53,22 @@ class Walk:
     layout: Layout
     waiting: bool = True
 
-    def quantize(self, i: int, acts: Acts | None) -> Block:
-        """Quantize block ``i`` and, unless the plan needs no calibration, move ``acts`` past it."""
+    def quantize(self, i: int, acts: Acts | None, given: Mapping[int, Stats] | None = None) -> Block:
+        """Quantize block ``i`` and, unless the plan needs no calibration, move ``acts`` past it.
+
+        ``given`` are statistics of the original block's inputs (:meth:`gather`) to solve from, in place of ``acts``.
+        """
         block = self.source.block(i)
         names = {local: self.source.disk_name(i, local) for local in self.source.linears(block)}
         recipes = {local: r for local, name in names.items() if (r := self.recipes[name]) is not None}
         solved: dict[str, Quantized] = {}
         events: list[Event] = []
-        stats: dict[int, Stats] = {}
+        stats = dict(given or {})
         stages = self.source.stages(block)
         if acts is not None:
             self._transform(block, i, acts, recipes)
+        elif given is not None:
+            self._fit(block, recipes, stats)
         recipes = settled(block, recipes, self.source.ties(block))
         round_to(block, DTYPES[self.plan.dtype], set(recipes))
 
@@ -95,6 +101,31 @@ class Walk:
         for local, q in solved.items():
             tensors |= self.layout.pack(names[local], q)
         return Block(tensors, events)
+
+    def needs(self, i: int) -> dict[int, frozenset[str]]:
+        """What block ``i`` must know of the input of each stage, transforms included."""
+        block, recipes = self.source.skeleton(i), self.recipes
+        fitted = frozenset().union(*(t.needs for t in self.plan.transforms))
+        found = {}
+        for stage, names in enumerate(self.source.stages(block)):
+            here = [r for n in names if (r := recipes[self.source.disk_name(i, n)]) is not None]
+            found[stage] = fitted.union(*(r.needs for r in here)) if here else frozenset()
+        return found
+
+    def gather(self, i: int, acts: Acts, needs: Mapping[int, frozenset[str]]) -> dict[int, Stats]:
+        """Statistics of what enters each stage of block ``i`` as it was; moves ``acts`` past it."""
+        block = self.source.block(i)
+        stages = self.source.stages(block) if any(needs.values()) else ()
+        stats: dict[int, Stats] = {}
+
+        def observe(stage: int, x: Tensor) -> None:
+            if needs[stage]:
+                seen = stats[stage].count if stage in stats else 0
+                require_finite(x, self.source.disk_name(i, stages[stage][0]), seen)
+                self._observe(stats, stage, x, needs[stage])
+
+        self._advance(block, i, acts, stages, observe, lambda s: None)
+        return stats
 
     def head(self, acts: Acts | None) -> Block:
         """Quantize the output head; ``acts`` have passed the last block."""
@@ -185,13 +216,17 @@ class Walk:
         if not self.plan.transforms:
             return
         stages = self.source.stages(block)
-        where = {name: s for s, stage in enumerate(stages) for name in stage}
         stats: dict[int, Stats] = {}
 
         def observe(stage: int, x: Tensor) -> None:
             self._observe(stats, stage, x, frozenset().union(*(t.needs for t in self.plan.transforms)))
 
         self._advance(block, i, acts, stages, observe, lambda s: None, keep=False)
+        self._fit(block, recipes, stats)
+
+    def _fit(self, block: nn.Module, recipes: Mapping[str, Recipe], stats: dict[int, Stats]) -> None:
+        """Fit every transform to the statistics of the inputs, fold it in, and carry the statistics along."""
+        where = {name: s for s, stage in enumerate(self.source.stages(block)) for name in stage}
         for transform in self.plan.transforms:
             fitted: list[tuple[Site, Tensor]] = []
             for site in self.source.sites(block):
@@ -204,6 +239,8 @@ class Walk:
                     fitted.append((site, site.reduce(transform.fit(weights, recipes[readers[0]].grid, share).s)))
             for site, s in fitted:
                 fold(block, site, s)
+                for stage in {where[n] for n in site.consumers if n in where} & set(stats):
+                    stats[stage] = Diagonal(site.expand(s)).stats(stats[stage])
 
 
 def settled(block: nn.Module, recipes: Mapping[str, Recipe], ties: Sequence[Sequence[str]]) -> dict[str, Recipe]:

@@ -187,7 +187,7 @@ class Comparison:
         with Reference(self.src, self.contents, settings) as reference:
             if "eval" not in self.folder.cell(REFERENCE):
                 facts = census(self.src) if Path(self.src).exists() else None
-                own = {
+                own: dict[str, Any] = {
                     "size_bytes": facts and facts.size_bytes,
                     "bits_per_weight": facts and facts.bits_per_weight,
                     "format": "dense",

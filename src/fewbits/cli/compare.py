@@ -40,7 +40,7 @@ def command(
         str,
         typer.Option(help="Calibrate on the original model (once for all), or each on its quantized blocks."),
     ] = "original",
-    compute: Annotated[str | None, typer.Option(help="What calibration runs in: bf16 or fp32.")] = None,
+    compute: Annotated[str | None, typer.Option(help="What calibration runs in: bf16, fp32, fixed.")] = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time every model too.")] = True,
     discard: Annotated[bool, typer.Option("--discard", help="Remove each checkpoint once it is measured.")] = False,
     html: Annotated[bool, typer.Option("--html/--no-html", help="Write DIR/index.html (needs plotly).")] = True,

@@ -1,6 +1,6 @@
 """Several methods on one model: quantized from one calibration pass, measured on the same text, in one table."""
 
-from fewbits.compare.cells import Cell, cells
+from fewbits.compare.cell import Cell, cells
 from fewbits.compare.run import Comparison, Setting, known
 from fewbits.compare.table import markdown, rows
 

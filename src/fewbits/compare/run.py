@@ -10,7 +10,7 @@ from typing import Any
 
 from fewbits import api
 from fewbits.compare import figures
-from fewbits.compare.cells import Cell
+from fewbits.compare.cell import Cell
 from fewbits.compare.folder import IDENTITY, Folder, read
 from fewbits.errors import RequestError
 from fewbits.evaluate import distribution

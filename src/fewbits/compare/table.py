@@ -48,6 +48,11 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         f"{i['windows']} windows of {i['ctx']} tokens of {found['texts'][found['main']]}; KL(original ‖ model) in nats "
         "per token; memory is what loading and one prompt add to a process; tokens/s at batch 1.",
     ]
+    if any((c.get("quantize") or {}).get("format") == "gguf" for c in found["cells"]):
+        said.append(
+            "fewbits decodes GGUF to dense weights when it loads it: memory and tokens/s of these rows are of that, "
+            "not of llama.cpp."
+        )
     shared = found.get("shared")
     if shared:
         said.append(

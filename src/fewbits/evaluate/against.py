@@ -28,18 +28,18 @@ SAMPLE = 20_000  # characters on which two tokenizers must agree
 
 @dataclass(frozen=True)
 class Settings:
-    """What both models of a comparison share: ``windows`` windows of ``ctx`` tokens, ``batch`` at a time. ``engine``
-    computes the model that is measured, never the reference."""
+    """What both models of a comparison share: ``windows`` windows of ``ctx`` tokens, ``batch`` at a time."""
 
     ctx: int
     windows: int
     batch: int = 1
     dtype: torch.dtype = torch.float32
     tell: OnEvent = lambda event: None
-    engine: str = "fewbits"
 
     def load(self, path: str | Path, engine: str = "fewbits") -> tuple[Any, Any]:
-        """Model and tokenizer. Raises RequestError without a tokenizer, or for windows beyond the model's positions."""
+        """Model, run by ``engine``, and tokenizer. Raises RequestError without a tokenizer, or for windows beyond the
+        model's positions.
+        """
         model, tokenizer = engines.load(path, self.dtype, engine)
         if tokenizer is None:
             raise RequestError(f"{path} has no tokenizer; copy the tokenizer files of the original model into it")
@@ -97,13 +97,15 @@ class Reference:
             for name, kept in self._kept.items()
         }
 
-    def compare(self, path: str | Path, kv_cache: str | None = None, seen: Any = None) -> dict[str, Tensor]:
+    def compare(
+        self, path: str | Path, kv_cache: str | None = None, seen: Any = None, engine: str = "fewbits"
+    ) -> dict[str, Tensor]:
         """float64 ``[4, windows * (ctx - 1)]`` for each text, as :func:`fewbits.evaluate.score.compare`.
 
         ``seen(model)`` is called once the model is loaded. Raises RequestError when its tokenizer is another one.
         """
         gc.collect()
-        model, tokenizer = self.settings.load(path, self.settings.engine)
+        model, tokenizer = self.settings.load(path, engine)
         for content in self.contents.values():
             sample = content[:SAMPLE]
             if not torch.equal(texts.encode(tokenizer, sample), texts.encode(self.tokenizer, sample)):

@@ -48,8 +48,8 @@ def evaluate(
     """
     started = time.perf_counter()
     engines.check(engine, kv_cache)
-    settings = Settings(ctx, windows, max(1, batch), float_type(dtype), on_event or (lambda event: None), engine)
-    run = _Run(settings, _cache(kv_cache))
+    settings = Settings(ctx, windows, max(1, batch), float_type(dtype), on_event or (lambda event: None))
+    run = _Run(settings, _cache(kv_cache), engine)
     name = "wikitext2" if text is None else text
     content = texts.read(name)
     if reference is None:
@@ -85,14 +85,14 @@ def _cache(kind: str | None) -> str | None:
 class _Run:
     """One evaluation: the settings that both models share."""
 
-    def __init__(self, settings: Settings, kv_cache: str | None):
-        self.settings, self.kv_cache = settings, kv_cache
+    def __init__(self, settings: Settings, kv_cache: str | None, engine: str):
+        self.settings, self.kv_cache, self.engine = settings, kv_cache, engine
         self.cache_facts: dict[str, Any] = {"kv_cache": kv_cache}
 
     def alone(self, path: str | Path, content: str) -> Tensor:
         """NLL, float64 ``[windows * (ctx - 1)]``."""
         s = self.settings
-        model, tokenizer = s.load(path, s.engine)
+        model, tokenizer = s.load(path, self.engine)
         ids = texts.windows(tokenizer, content, s.ctx, s.windows)
         body, head = hiddens.split(model, ids[0])
         self._measure(model)
@@ -105,7 +105,7 @@ class _Run:
     def against(self, path: str | Path, reference: str | Path, content: str) -> Tensor:
         """float64 ``[4, windows * (ctx - 1)]``, as :func:`fewbits.evaluate.score.compare`."""
         with Reference(reference, {"text": content}, self.settings) as ref:
-            return ref.compare(path, self.kv_cache, self._measure)["text"]
+            return ref.compare(path, self.kv_cache, self._measure, self.engine)["text"]
 
     def _measure(self, model: Any) -> None:
         """Sizes of the quantized cache for the report."""

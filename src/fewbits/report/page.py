@@ -7,6 +7,7 @@ inside the file, and reacts to filters; ``page.css`` is the look. Text of models
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -52,7 +53,9 @@ def build(title: str, subtitle: str, controls: str, sections: Sequence[Section],
     script = _plotly() if any(s.figures for s in sections) else ""
     folder = resources.files("fewbits.report")
     css, js = (folder.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    payload = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
+    payload = (
+        json.dumps(finite(data), allow_nan=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
+    )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -95,6 +98,15 @@ def menu(names: Sequence[str], label: str, key: str) -> str:
 def colours(groups: Sequence[str]) -> dict[str, str]:
     """One colour per group, in order."""
     return {g: COLOURS[i % len(COLOURS)] for i, g in enumerate(groups)}
+
+
+def finite(data: Any) -> Any:
+    """``data`` with None, which JSON can say and plotly leaves out, for what is not a finite number."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {k: finite(v) for k, v in data.items()}
+    return [finite(v) for v in data] if isinstance(data, (list, tuple)) else data
 
 
 def _side(column: int, left: int) -> str:

@@ -64,7 +64,8 @@ def test_save_load_generate(case, layout, llama, tmp_path):
         again = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
         exact = specification(model)(ids).logits
     assert tokens == again[0, 6:].tolist()[: len(tokens)]
-    assert torch.allclose(logits, exact, atol=2e-3 * float(exact.abs().max()))
+    near = 2e-2 if case == "llm.int8" else 2e-3  # LLM.int8() has bitsandbytes' roundings to float16 at run time
+    assert torch.allclose(logits, exact, atol=near * float(exact.abs().max()))
 
 
 def test_static_scales_come_from_the_smoothed_stream(llama, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fewbits.report import layers, page, picture, svg, table
+from fewbits.report import layers, outlier_page, picture, svg, table
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -50,7 +50,7 @@ def test_the_picture_shows_every_input_and_every_case(study: dict[str, Any]) -> 
 
 
 def test_the_page_stands_alone(study: dict[str, Any]) -> None:
-    html = page(study)
+    html = outlier_page(study)
     assert "a&lt;b&amp;c" in html and "a<b" not in html
     assert not re.search(r"<script|<link|src=|href=|url\(|@import", html)
     assert set(re.findall(r"https?://[^\"' ]+", html)) == {"http://www.w3.org/2000/svg"}
@@ -67,7 +67,7 @@ def test_tables(study: dict[str, Any]) -> None:
 def test_without_outliers_and_without_zeroing(study: dict[str, Any]) -> None:
     study["layers"] = [layer(0, ["mlp.down_proj"], 1.0, 0.0)]
     del study["zeroing"]
-    assert "none" in picture(study) and "Zeroing" not in page(study)
+    assert "none" in picture(study) and "Zeroing" not in outlier_page(study)
 
 
 @pytest.mark.parametrize("log", [False, True])

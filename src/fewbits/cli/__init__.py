@@ -9,7 +9,20 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from fewbits.cli import bench, compare, convert, evaluate, fetch, finetune, generate, inspect, merge, quantize, report
+from fewbits.cli import (
+    bench,
+    compare,
+    convert,
+    evaluate,
+    fetch,
+    finetune,
+    generate,
+    inspect,
+    merge,
+    plan,
+    quantize,
+    report,
+)
 from fewbits.cli.base import explain, interrupted, stderr
 
 app = typer.Typer(

@@ -130,7 +130,7 @@ def show(study: Mapping[str, Any], verbose: bool, html: Path | None) -> None:
     """The inputs with the largest values (all with ``verbose``), the zeroing table, and the page."""
     from rich.table import Table
 
-    from fewbits.report import layers, page, table
+    from fewbits.report import layers, outlier_page, table
 
     by_size = dict(study) | {"layers": sorted(study["layers"], key=lambda x: -x["absmax"])[:8]}
     rows = [[row[i] for i in _NARROW] for row in layers(study if verbose else by_size)]
@@ -142,7 +142,7 @@ def show(study: Mapping[str, Any], verbose: bool, html: Path | None) -> None:
             shown.add_row(*row)
         console().print(shown)
     if html is not None:
-        html.write_text(page(study), encoding="utf-8")
+        html.write_text(outlier_page(study), encoding="utf-8")
         console().print(f"page: {html}", markup=False)
 
 

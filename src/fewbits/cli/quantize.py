@@ -112,10 +112,13 @@ def command(
         "dry_run": dry_run,
     }
     result = run(src, out, options, verbose)
-    if gate and not dry_run:
+    if dry_run:
+        show_plan(src, result, verbose, as_json)
+        return
+    if gate:
         result |= gate.measure(src, out)
     report(result, as_json)
-    if gate and not dry_run:
+    if gate:
         gate.require(result, out)
 
 
@@ -148,6 +151,15 @@ def planned(job: Any, out: Path) -> dict[str, Any]:
     from fewbits.advise import forecast
 
     return {"dry_run": True, "out": str(out)} | forecast(job).to_json()
+
+
+def show_plan(src: str, found: dict[str, Any], verbose: bool, as_json: bool) -> None:
+    """As `fewbits plan` prints it."""
+    from fewbits.cli.plan import report
+
+    report(src, found, verbose)
+    if as_json:
+        emit(found)
 
 
 def report(result: dict[str, Any], as_json: bool) -> None:

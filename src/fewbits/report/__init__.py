@@ -1,5 +1,6 @@
-"""Pages that show what was measured: one self-contained file each, no scripts, nothing loaded from elsewhere."""
+"""Pages that show what was measured: one self-contained file each, nothing loaded from elsewhere."""
 
-from fewbits.report.outliers import layers, page, picture, table
+from fewbits.report.outliers import layers, picture, table
+from fewbits.report.outliers import page as outlier_page
 
-__all__ = ["layers", "page", "picture", "table"]
+__all__ = ["layers", "outlier_page", "picture", "table"]

@@ -15,7 +15,7 @@ from fewbits.tensor import Quantized
 if not qlinear.available():
     pytest.skip("the C++ kernels are not built", allow_module_level=True)
 
-HELD = {n: g for n, g in NAMED_GRIDS.items() if not n.startswith(("mxfp6", "llm"))}
+HELD = {n: g for n, g in NAMED_GRIDS.items() if not n.startswith(("mxfp6", "llm", "int16"))}
 
 
 def quantized(grid: Grid, shape: tuple[int, int] = (40, 256)) -> Quantized:

@@ -100,7 +100,8 @@ class Reference:
     def compare(self, path: str | Path, kv_cache: str | None = None, seen: Any = None) -> dict[str, Tensor]:
         """float64 ``[4, windows * (ctx - 1)]`` for each text, as :func:`fewbits.evaluate.score.compare`.
 
-        ``kv_cache`` is that of :func:`fewbits.runtime.kvcache.chosen`. ``seen(model)`` is called once the model is loaded. Raises RequestError when its tokenizer is another one.
+        ``kv_cache`` is that of :func:`fewbits.runtime.kvcache.chosen`. ``seen(model)`` is called once the model is
+        loaded. Raises RequestError when its tokenizer is another one.
         """
         gc.collect()
         model, tokenizer = self.settings.load(path, self.settings.engine)

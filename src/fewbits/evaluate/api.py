@@ -48,7 +48,7 @@ def evaluate(
     CheckpointError for damaged files.
     """
     started = time.perf_counter()
-    engines.check(engine, _cache(kv_cache))
+    engines.check(engine, None if kv_cache == "none" else kv_cache)
     settings = Settings(ctx, windows, max(1, batch), float_type(dtype), on_event or (lambda event: None), engine)
     run = _Run(settings, _cache(kv_cache))
     name = "wikitext2" if text is None else text

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fewbits.errors import RequestError
+from fewbits.grids.codebook import codebook
 from fewbits.kernels import qlinear, qtable
 
 from .test_qlinear import EPS, LEVELS, level
@@ -92,6 +93,50 @@ def test_no_result_depends_on_threads_or_stacking(level: str, name: str) -> None
         stacked = qlinear.stack([p, p])
         assert stacked is not None and torch.equal(qlinear.matmul(x, stacked[0]), torch.cat([results[0]] * 2, -1))
     assert qlinear.stack([p, qtable.pack_table(*weight(1040, 512, 64, TABLES["e2m1"]))]) is None
+
+
+@pytest.mark.parametrize("name", ["e2m1", "ternary"])
+@pytest.mark.parametrize(("columns", "group"), [(128, 16), (128, 32), (256, -1), (300, 20), (200, 150), (72, 8)])
+def test_small_tables_are_exact(level: str, name: str, columns: int, group: int) -> None:
+    """Whole numbers and scales of powers of two: every sum is a float32 number."""
+    table, groups = TABLES[name], 1 if group == -1 else -(-columns // group)
+    g = torch.Generator().manual_seed(columns)
+    codes = torch.randint(0, len(table), (35, columns), generator=g).to(torch.uint8)
+    scale = 2.0 ** torch.randint(-3, 1, (35, groups), generator=g)
+    args = (codes, scale, table, group)
+    p, w = qtable.pack_table(*args), qtable.reference_dense(*args)
+    for rows in range(1, 6):
+        x = torch.randint(-2000, 2000, (rows, columns), generator=g).float()
+        assert torch.equal(qlinear.matmul(x, p).double(), x.double() @ w.double().T), rows
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_error_of_tables_in_16_bits(level: str, name: str) -> None:
+    """At most 2**-16 of the largest value for each weight, seen where two nearly cancel: bfloat16 hides more."""
+    table = codebook(name).values
+    pairs = [(a, b) for a in range(16) for b in range(16) if table[b] != 0]
+    x = (-table[[a for a, _ in pairs]] / table[[b for _, b in pairs]]).bfloat16()
+    for (a, b), r in zip(pairs, x, strict=True):
+        p = qtable.pack_table(torch.tensor([[a, b]], dtype=torch.uint8), torch.ones(1, 1), table, -1)
+        inputs = torch.stack([torch.ones(()).bfloat16(), r])[None]
+        exact = float(inputs[0].double() @ table[[a, b]].double())
+        bound = 2**-16 * (1 + abs(float(r))) + 2**-9 * abs(exact)
+        assert abs(float(qlinear.matmul(inputs, p)) - exact) <= bound, (a, b)
+
+
+@pytest.mark.parametrize("name", ["nf4", "e2m1"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_an_outlier_does_not_drown_the_others(level: str, name: str, dtype: torch.dtype) -> None:
+    """It meets weights of 0: what is left must be as accurate as without it."""
+    codes, scale, table, group, _ = weight(33, 256, 64, TABLES[name])
+    codes[:, 7] = int((table == 0).nonzero()[0])
+    p, w = qtable.pack_table(codes, scale, table, group), qtable.reference_dense(codes, scale, table, group)
+    for rows in (1, 2, 4):
+        x = torch.randn(rows, 256)
+        x[:, 7] = 3e3
+        x = x.to(dtype)
+        exact, rest = x.double() @ w.double().T, (x.double().abs() @ w.double().abs().T).max()
+        assert (qlinear.matmul(x, p).double() - exact).abs().max() / rest < EPS[dtype]
 
 
 @pytest.mark.parametrize("name", ["nf4", "e5m2"])

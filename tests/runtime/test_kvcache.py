@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from fewbits import load
-from fewbits.errors import RequestError
+from fewbits import load, quantize
+from fewbits.errors import CheckpointError, RequestError
 from fewbits.runtime.decode import generate
-from fewbits.runtime.kvcache import SCHEMES, QuantizedCache, Scheme, bytes_per_token, scheme
+from fewbits.runtime.kvcache import SCHEMES, QuantizedCache, Scheme, bytes_per_token, chosen, scheme
 from tests.tiny import config, tiny_model
 
 
@@ -118,3 +118,37 @@ def test_sliding_layers_keep_their_own_cache(caplog):
     kinds = [type(layer).__name__ for layer in cache.layers]
     assert kinds == ["DynamicSlidingWindowLayer", "QuantizedLayer"]
     assert "1 of 2 layers" in caplog.text and Scheme(8).window == 32
+
+
+@pytest.mark.parametrize(
+    ("stated", "kind"),
+    [
+        ({"kv_cache": "int4"}, "int4"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}}, "fp8"),
+        ({"kv_cache_scheme": {"num_bits": 8, "type": "int"}}, "int8"),
+        ({"kv_cache_scheme": None}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_checkpoint_states_holds_unless_another_is_asked_for(stated, kind):
+    made = config("llama")
+    made.quantization_config = {"quant_method": "compressed-tensors"} | stated
+    assert chosen(made, None) == kind
+    assert chosen(made, "int2") == "int2" and chosen(made, "none") is None
+    assert chosen(config("llama"), None) is None
+
+
+def test_a_stated_kind_that_is_not_known_is_named():
+    made = config("llama")
+    made.quantization_config = {"kv_cache_scheme": {"num_bits": 4, "type": "float"}}
+    with pytest.raises(CheckpointError, match=r"num_bits.*known: int8, int4, int2, fp8; --kv-cache none"):
+        chosen(made, None)
+    assert chosen(made, "none") is None
+
+
+@pytest.mark.parametrize(("kind", "format"), [("int4", "fewbits"), ("fp8", "compressed-tensors")])
+def test_a_quantized_checkpoint_is_read_with_its_cache(tmp_path, kind, format):
+    """Through the files: what ``quantize`` wrote is what a loaded model's configuration states."""
+    source = tiny_model("llama", tmp_path / "m")
+    quantize(source, tmp_path / "out", method="rtn", group_size=16, format=format, kv_cache=kind)
+    assert chosen(load(tmp_path / "out")[0].config, None) == kind

@@ -26,7 +26,11 @@ def command(
     dtype: Annotated[str | None, typer.Option(help="What both models compute in; default float32.")] = None,
     batch: Annotated[int, typer.Option(help="Windows at a time.")] = 1,
     kv_cache: Annotated[
-        str | None, typer.Option(metavar="G", help="MODEL reads keys and values of few bits: int8, int4, int2, fp8.")
+        str | None,
+        typer.Option(
+            metavar="G",
+            help="MODEL reads keys and values of few bits: int8, int4, int2, fp8; none. Default: what MODEL says.",
+        ),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="Who computes MODEL: fewbits; for a .gguf file also llama.cpp, or fewbits-q8.")

@@ -22,7 +22,10 @@ def command(
     chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the model's chat template.")] = False,
     dtype: Annotated[str | None, typer.Option(help="What the model computes in; default: its own.")] = None,
     kv_cache: Annotated[
-        str | None, typer.Option(metavar="G", help="Keys and values in few bits: int8, int4, int2, fp8.")
+        str | None,
+        typer.Option(
+            metavar="G", help="Keys and values in few bits: int8, int4, int2, fp8; none. Default: what MODEL says."
+        ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -67,25 +70,24 @@ def command(
                 "seconds": seconds,
                 "tokens_per_s": len(new) / seconds,
             }
-            | ({} if cache is None else {"kv_cache": kv_cache, "kv_cache_bytes": cache.nbytes})
+            | ({} if cache is None else {"kv_cache": cache.kind, "kv_cache_bytes": cache.nbytes})
         )
 
 
 def check_cache(kind: str | None) -> None:
     """RequestError for a cache that does not exist, before the model is loaded."""
-    if kind is not None:
-        from fewbits.runtime.kvcache import scheme
+    from fewbits.runtime.kvcache import OFF, scheme
 
+    if kind not in (None, OFF):
         scheme(kind)
 
 
-def make_cache(model: Any, kind: str | None) -> Any:
-    """An empty cache of that kind; None for the usual one."""
-    if kind is None:
-        return None
-    from fewbits.runtime.kvcache import QuantizedCache
+def make_cache(model: Any, asked: str | None) -> Any:
+    """An empty cache of the kind asked for, by default of what the checkpoint states; None for the usual one."""
+    from fewbits.runtime.kvcache import QuantizedCache, chosen
 
-    return QuantizedCache(model.config, kind)
+    kind = chosen(model.config, asked)
+    return None if kind is None else QuantizedCache(model.config, kind)
 
 
 def load(model: str, dtype: str | None) -> tuple[Any, Any]:

@@ -102,7 +102,8 @@ class Reference:
     ) -> dict[str, Tensor]:
         """float64 ``[4, windows * (ctx - 1)]`` for each text, as :func:`fewbits.evaluate.score.compare`.
 
-        ``seen(model)`` is called once the model is loaded. Raises RequestError when its tokenizer is another one.
+        ``kv_cache`` is that of :func:`fewbits.runtime.kvcache.chosen`. ``seen(model)`` is called once the model is
+        loaded. Raises RequestError when its tokenizer is another one.
         """
         gc.collect()
         model, tokenizer = self.settings.load(path, engine)
@@ -115,7 +116,8 @@ class Reference:
         body, head = hiddens.split(model, next(iter(self.ids.values()))[0])
         if seen is not None:
             seen(model)
-        return {name: self._one(name, body, head, kv_cache) for name in self.ids}
+        kind = hiddens.cache_of(model, kv_cache)
+        return {name: self._one(name, body, head, kind) for name in self.ids}
 
     def _one(self, name: str, body: Any, head: hiddens.Head, kv_cache: str | None) -> Tensor:
         kept, found = self._kept[name], []

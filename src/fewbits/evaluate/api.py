@@ -39,7 +39,8 @@ def evaluate(
     text; None takes ``wikitext2``. ``dtype`` is what both models compute in, so that KL measures quantization and
     nothing else: None is float32 on a CPU. ``batch`` windows go through a model at once. The reference is run first;
     only its hidden states and its output embedding are kept while the second model runs. ``kv_cache`` ("int8", "int4",
-    "int2", "fp8") makes the model at ``path``, not the reference, read its past from a quantized cache. ``engine``
+    "int2", "fp8") makes the model at ``path``, not the reference, read its past from a quantized cache; None does so
+    where its checkpoint says it, and "none" never. ``engine``
     computes the model at ``path``: "fewbits"; for a GGUF file also "llama.cpp", through an installed binding, and
     "fewbits-q8", our forward pass with the roundings of llama.cpp's CPU code.
 
@@ -47,7 +48,7 @@ def evaluate(
     CheckpointError for damaged files.
     """
     started = time.perf_counter()
-    engines.check(engine, kv_cache)
+    engines.check(engine, None if kv_cache == "none" else kv_cache)
     settings = Settings(ctx, windows, max(1, batch), float_type(dtype), on_event or (lambda event: None))
     run = _Run(settings, _cache(kv_cache), engine)
     name = "wikitext2" if text is None else text
@@ -75,9 +76,9 @@ def evaluate(
 
 
 def _cache(kind: str | None) -> str | None:
-    if kind is not None:
-        from fewbits.runtime.kvcache import scheme
+    from fewbits.runtime.kvcache import OFF, scheme
 
+    if kind is not None and kind != OFF:
         scheme(kind)
     return kind
 
@@ -86,8 +87,9 @@ class _Run:
     """One evaluation: the settings that both models share."""
 
     def __init__(self, settings: Settings, kv_cache: str | None, engine: str):
-        self.settings, self.kv_cache, self.engine = settings, kv_cache, engine
-        self.cache_facts: dict[str, Any] = {"kv_cache": kv_cache}
+        self.settings, self.asked, self.engine = settings, kv_cache, engine
+        self.kv_cache: str | None = None
+        self.cache_facts: dict[str, Any] = {}
 
     def alone(self, path: str | Path, content: str) -> Tensor:
         """NLL, float64 ``[windows * (ctx - 1)]``."""
@@ -105,14 +107,16 @@ class _Run:
     def against(self, path: str | Path, reference: str | Path, content: str) -> Tensor:
         """float64 ``[4, windows * (ctx - 1)]``, as :func:`fewbits.evaluate.score.compare`."""
         with Reference(reference, {"text": content}, self.settings) as ref:
-            return ref.compare(path, self.kv_cache, self._measure, self.engine)["text"]
+            return ref.compare(path, self.asked, self._measure, self.engine)["text"]
 
     def _measure(self, model: Any) -> None:
-        """Sizes of the quantized cache for the report."""
-        if self.kv_cache is not None:
-            from fewbits.runtime.kvcache import bytes_per_token
+        """The cache of the model under test, and its sizes for the report."""
+        from fewbits.runtime.kvcache import bytes_per_token
 
-            self.cache_facts |= {
+        self.kv_cache = hiddens.cache_of(model, self.asked)
+        if self.kv_cache is not None:
+            self.cache_facts = {
+                "kv_cache": self.kv_cache,
                 "kv_bytes_per_token": bytes_per_token(model.config, self.kv_cache),
                 "kv_bytes_per_token_16bit": bytes_per_token(model.config, None),
             }

@@ -93,6 +93,13 @@ def _gap(ours: Tensor, own: Tensor) -> str:
     return f"up to {float((ours - own).abs().max()):.3g}"
 
 
+def cache_of(model: Any, asked: str | None) -> str | None:
+    """The kind of cache that ``model`` reads its past from: what is ``asked`` for, or what its checkpoint states."""
+    from fewbits.runtime.kvcache import chosen
+
+    return chosen(getattr(model, "config", None), asked)
+
+
 @torch.inference_mode()
 def states(body: nn.Module, ids: Tensor, kv_cache: str | None = None) -> Tensor:
     """Hidden states ``[B, T, d]`` that enter the output embedding, for ids ``[B, T]``, in the model's dtype.

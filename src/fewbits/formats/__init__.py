@@ -94,6 +94,11 @@ def with_cache(config: dict[str, Any], kind: str | None) -> dict[str, Any]:
     return config | {"kv_cache": kind} if config.get("quant_method") == "fewbits" else config
 
 
+def cache_kind(quantization_config: Mapping[str, Any]) -> str | None:
+    """What :func:`with_cache` wrote, or another writer; see :func:`inputs.cache_kind`."""
+    return inputs.cache_kind(quantization_config)
+
+
 def detect(quantization_config: Mapping[str, Any]) -> Layout:
     """The reading layout for a ``quantization_config``. Raises RequestError for a method that we do not read."""
     method = quantization_config.get("quant_method") if isinstance(quantization_config, Mapping) else None

@@ -114,3 +114,24 @@ def kv_cache_scheme(kind: str) -> dict[str, Any] | None:
     if kind not in ("int8", "fp8"):
         return None
     return to_foreign(PRESETS[f"{kind}-static"])
+
+
+_CACHES = {(8, "int"): "int8", (4, "int"): "int4", (2, "int"): "int2", (8, "float"): "fp8"}
+
+
+def cache_kind(config: Mapping[str, Any]) -> str | None:
+    """The kind of KV cache that a ``quantization_config`` asks for; None where it asks for none.
+
+    Raises CheckpointError for one that is not known.
+    """
+    ours, theirs = config.get("kv_cache"), config.get("kv_cache_scheme")
+    if ours is None and theirs is None:
+        return None
+    if ours is None and isinstance(theirs, Mapping):
+        ours = _CACHES.get((theirs.get("num_bits", 8), theirs.get("type", "int")))
+    if ours not in _CACHES.values():
+        raise CheckpointError(
+            f"quantization_config asks for KV cache {str(theirs if ours is None else ours)[:80]}, which is unknown; "
+            f"known: {', '.join(_CACHES.values())}; --kv-cache none reads it without"
+        )
+    return str(ours)

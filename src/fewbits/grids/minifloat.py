@@ -154,8 +154,12 @@ class Float:
         return self.numbers.decode(codes, s.dtype).mul_(s)
 
     def looked_up(self, p: Params, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The same numbers as a table float32 ``[levels]`` times a factor ``[out, groups]``."""
-        table = self.numbers.decode(torch.arange(self.levels, dtype=torch.uint8), torch.float32)
+        """The same numbers as a table float32 ``[levels]`` times a factor ``[out, groups]``, up to the last bit: a
+        ``global`` number is in the table, so that the factors keep the few digits of a stored scale."""
+        codes = torch.arange(self.levels, dtype=torch.uint8, device=p["scale"].device)
+        table = self.numbers.decode(codes, torch.float32)
+        if "global" in p:
+            table, p = table / p["global"].float(), {"scale": p["scale"]}
         step = self.step(p).float()
         return table, self._spread(step, torch.arange(step.shape[1]), shape[0]).expand(shape[0], -1)
 

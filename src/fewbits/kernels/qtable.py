@@ -3,6 +3,15 @@
 Up to 16 values (NF4, bitsandbytes' FP4, E2M1 with MX or NVFP4 scales) are kept as 4 bits and looked up in float32;
 larger tables must consist of numbers that E4M3 or E5M2 has, and are kept as these. The packed weight is one of
 ``qlinear``: its ``matmul``, ``dequantize`` and ``stack`` take it.
+
+With AVX2 up to 4 rows of ``x`` become fixed-point numbers of 15 bits that share a power of two over at most 128 columns
+(see ``qlinear``), and products are exact integers inside a group:
+
+- Tables of few whole steps (E2M1 is 0..12 halves, ternary) are bytes. Where 15 bits lose more than half of the rounding
+  of x's dtype, 16 more are multiplied too; for float32 that is always. The sums are exact but for the rounding of x.
+- Other tables (NF4, FP4 of bitsandbytes) are rounded to 16 bits: a weight is off by at most ``2**-16`` of the largest
+  value, a result by ``2**-16 * sum(scale * |x|)``. This serves 16-bit x, whose own rounding is ``2**-9`` or ``2**-11``;
+  float32, and x with outliers that need more bits, are multiplied by float32 values.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ float16 scale for each token and head. What attention reads is always what is st
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from fewbits import formats
 from fewbits.errors import RequestError
 
 log = logging.getLogger("fewbits")
@@ -33,6 +34,10 @@ class Scheme:
 
 
 SCHEMES = {"int8": Scheme(8, group=64), "int4": Scheme(4), "int2": Scheme(2), "fp8": Scheme(8, True, 1)}
+
+
+OFF = "none"
+"""What asks for a cache that is not quantized, whatever the checkpoint says."""
 
 
 def scheme(name: str) -> Scheme:
@@ -101,6 +106,20 @@ class Stored:
         low = None if self.low is None or other.low is None else f(self.low, other.low)
         codes = f(self.codes.view(torch.uint8), other.codes.view(torch.uint8)).view(self.codes.dtype)
         return Stored(codes, f(self.scale, other.scale), low, self.axis, self.bits, self.group)
+
+
+def chosen(config: Any, asked: str | None) -> str | None:
+    """The kind of cache for a model of ``config``: what is ``asked`` for, else what its checkpoint says. "none" asks
+    for transformers' own, which None stands for. Raises CheckpointError where the checkpoint states an unknown kind.
+    """
+    if asked is not None:
+        return None if asked == OFF else asked
+    described = getattr(config, "quantization_config", None)
+    raw = getattr(described, "raw", None) or (described.to_dict() if hasattr(described, "to_dict") else described)
+    kind = formats.cache_kind(raw) if isinstance(raw, Mapping) else None
+    if kind is not None:
+        log.info("KV cache %s, as the checkpoint says", kind)
+    return kind
 
 
 class QuantizedLayer(DynamicLayer):

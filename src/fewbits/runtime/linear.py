@@ -66,8 +66,9 @@ class QuantLinear(nn.Module):
             q = Quantized(grid, q.codes, params, q.residual, inputs=q.inputs)
         self.grid, self.inputs, self._loose = q.grid, q.inputs, None
         self._packed = None if self._integer else packing.pack(q)
-        self._kept = q.params if self._packed is not None and not isinstance(q.grid, Int) else {}
         self._twin = twin.pack(q) if self._packed is None and self._integer is None else None
+        held = self._packed is not None or self._twin is not None
+        self._kept = q.params if held and not isinstance(q.grid, Int) else {}
         if self._packed is None and self._integer is None and self._twin is None:
             self._loose = q
         return self
@@ -121,7 +122,7 @@ class QuantLinear(nn.Module):
             yield 0, self.out_features, self.dequantize()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight ``[out, in]``; in float32 exactly ``Quantized.dense()``."""
+        """The weight ``[out, in]``; in float32 ``Quantized.dense()``, to the bit but for grids with a global scale."""
         if self._packed is not None:
             return qlinear.dequantize(self._packed, dtype)
         if self._twin is not None:
@@ -187,7 +188,7 @@ class QuantLinear(nn.Module):
         if self._packed is not None:
             q = packing.unpack(self.grid, self._packed, self._kept)
         elif self._twin is not None:
-            q = twin.unpack(self.grid, self._twin)
+            q = twin.unpack(self.grid, self._twin, self._kept)
         if q is not None:
             moved = {name: t.to(device) for name, t in q.params.items()}
             self.fill(Quantized(q.grid, q.codes.to(device), moved, q.residual, inputs=self.inputs))

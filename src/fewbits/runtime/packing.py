@@ -29,7 +29,7 @@ def pack(q: Quantized) -> qlinear.PackedWeight | None:
         return qlinear.pack_weight(q.codes, scale, zero, q.grid.bits, q.grid.group, g_idx)
     grid: Any = q.grid
     found = grid.looked_up(q.params, q.shape) if hasattr(grid, "looked_up") and grid.levels in LOOKED_UP else None
-    return None if found is None else qtable.pack_table(q.codes, found[1], found[0], grid.period, g_idx)
+    return None if found is None else qtable.pack_table(q.codes, _narrow(found[1]), found[0], grid.period, g_idx)
 
 
 def unpack(grid: Any, packed: qlinear.PackedWeight, kept: dict[str, Tensor]) -> Quantized:
@@ -40,6 +40,14 @@ def unpack(grid: Any, packed: qlinear.PackedWeight, kept: dict[str, Tensor]) -> 
     # One row per scale, which is as good as shared ones.
     params = {"scale": scale} | ({} if grid.symmetric else {"zero": zero})
     return Quantized(grid, codes, params if g_idx is None else params | {"g_idx": g_idx})
+
+
+def _narrow(scale: Tensor) -> Tensor:
+    """``scale`` in 16 bits where these hold it exactly: E8M0 and E4M3 scales are bfloat16 numbers."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(scale.to(dtype).to(scale.dtype), scale):
+            return scale.to(dtype)
+    return scale
 
 
 def _even(g_idx: Tensor, group: int) -> bool:

@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fewbits.grids import Int
+from fewbits.grids import NAMED_GRIDS, Float, Int, Table
+from fewbits.kernels import gpu
 from fewbits.runtime import QuantLinear
+from fewbits.solve import Nearest
 from fewbits.tensor import Quantized
 
 GRIDS = [Int(4, 32), Int(3, -1, symmetric=True), Int(8, -1, rows=-1), Int(4, 20, rows=5)]
@@ -30,6 +32,43 @@ def test_a_layer_runs_the_twin(grid: Int) -> None:
     assert layer.nbytes < 1.3 * 50 * 160 * grid.bits / 8 + 4000
     assert torch.equal(layer.dequantize(), q.dense())
     torch.testing.assert_close(layer(x), F.linear(x, q.dense(), bias), rtol=2e-5, atol=2e-5)
+
+
+# 160 columns: blocks of 64 straddle rows, as bitsandbytes' do, blocks of 32 do not.
+TABLES = {
+    "nf4": (Table("nf4", 32), gpu.TableWeight),
+    "nf4, straddling": (Table("nf4", 64), gpu.TableWeight),
+    "nf4, doubly quantized": (Table("nf4", 32, nested=True), gpu.TableWeight),
+    "fp4 of bitsandbytes, rows": (Table("fp4", -1), gpu.TableWeight),
+    "mxfp4": (NAMED_GRIDS["mxfp4"], gpu.TableWeight),
+    "nvfp4": (NAMED_GRIDS["nvfp4"], gpu.TableWeight),
+    "fp8, rows": (NAMED_GRIDS["fp8"], gpu.ByteWeight),
+    "fp8, tensor": (NAMED_GRIDS["fp8-tensor"], gpu.ByteWeight),
+    "fp8, blocks": (Float("e4m3", 64, 32), gpu.ByteWeight),
+    "mxfp8": (NAMED_GRIDS["mxfp8"], gpu.ByteWeight),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_and_floats_run_their_twins_and_come_back(name: str) -> None:
+    grid, kind = TABLES[name]
+    torch.manual_seed(1)
+    q, bias, x = Nearest()(torch.randn(50, 160), grid, None), torch.randn(50), torch.randn(2, 3, 160)
+    layer = QuantLinear.from_quantized(q, bias)
+    assert type(layer._twin) is kind and layer._loose is None
+    torch.testing.assert_close(layer.dequantize(), q.dense(), rtol=3e-7, atol=0)
+    torch.testing.assert_close(layer(x), F.linear(x, q.dense(), bias), rtol=2e-5, atol=2e-5)
+    layer._move(torch.empty(0).device)
+    assert type(layer._twin) is kind
+    torch.testing.assert_close(layer.dequantize(), q.dense(), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("grid", [NAMED_GRIDS["fp8-e5m2"], NAMED_GRIDS["mxfp6"]], ids=str)
+def test_floats_without_a_twin_are_dequantized(grid: Float) -> None:
+    q, x = Nearest()(torch.randn(50, 160), grid, None), torch.randn(3, 160)
+    layer = QuantLinear.from_quantized(q)
+    assert layer._twin is None and layer._loose is not None
+    torch.testing.assert_close(layer(x), x @ q.dense().T, rtol=2e-5, atol=2e-5)
 
 
 def test_moving_comes_back_to_the_same_weight() -> None:

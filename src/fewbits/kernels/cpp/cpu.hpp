@@ -14,6 +14,25 @@ Isa detected_isa();
 Isa isa();
 void limit_isa(Isa most);
 
+// The kernels for this CPU, of functions that give those of each level; null where there are none, and the level below serves.
+// FEWBITS_AVX2(f) and FEWBITS_AVX512(f) are f, or null where the compiler could not build these files.
+#if defined(FEWBITS_WITH_AVX2)
+#define FEWBITS_AVX2(f) (&f)
+#else
+#define FEWBITS_AVX2(f) (static_cast<decltype(&f)>(nullptr))
+#endif
+#if defined(FEWBITS_WITH_AVX512)
+#define FEWBITS_AVX512(f) (&f)
+#else
+#define FEWBITS_AVX512(f) (static_cast<decltype(&f)>(nullptr))
+#endif
+
+template <class Kernels>
+Kernels best_kernels(Kernels (*portable)(), Kernels (*avx2)(), Kernels (*avx512)()) {
+    if (avx512 && isa() >= Isa::avx512) return avx512();
+    return avx2 && isa() >= Isa::avx2 ? avx2() : portable();
+}
+
 const char *isa_name(Isa level);
 bool parse_isa(const char *name, Isa *level);
 

@@ -21,14 +21,8 @@ const GramKernels &kernels(bool bfloat) {
 #if defined(FEWBITS_WITH_AMX)
     if (bfloat && isa() >= Isa::amx) return gram_amx();
 #endif
-#if defined(FEWBITS_WITH_AVX512)
-    if (isa() >= Isa::avx512) return gram_avx512();
-#endif
-#if defined(FEWBITS_WITH_AVX2)
-    if (isa() >= Isa::avx2) return gram_avx2();
-#endif
     (void)bfloat;
-    return gram_portable();
+    return best_kernels(gram_portable, FEWBITS_AVX2(gram_avx2), FEWBITS_AVX512(gram_avx512));
 }
 
 struct Free {

@@ -13,10 +13,7 @@ namespace fewbits {
 namespace {
 
 const BlockKernels &kernels() {
-#if defined(FEWBITS_WITH_AVX2)
-    if (isa() >= Isa::avx2) return kquant_avx2();
-#endif
-    return kquant_portable();
+    return best_kernels(kquant_portable, FEWBITS_AVX2(kquant_avx2), FEWBITS_AVX2(kquant_avx2));
 }
 
 template <class T>

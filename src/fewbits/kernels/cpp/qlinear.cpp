@@ -22,28 +22,14 @@ namespace {
 constexpr int64_t kWorthAThread = 1 << 16;  // weights; below, waking a thread costs more than it saves
 
 Kernels choose() {
-    Kernels k = portable_kernels();
-#if defined(FEWBITS_WITH_AVX2)
-    if (isa() >= Isa::avx2) k = avx2_kernels();
-#endif
-#if defined(FEWBITS_WITH_AVX512)
-    if (isa() >= Isa::avx512) k = avx512_kernels();
-#endif
 #if defined(FEWBITS_WITH_AMX)
-    if (isa() >= Isa::avx512 && __builtin_cpu_supports("avx512bf16")) k = avx512_bf16_kernels();
+    if (isa() >= Isa::avx512 && __builtin_cpu_supports("avx512bf16")) return avx512_bf16_kernels();
 #endif
-    return k;
+    return best_kernels(portable_kernels, FEWBITS_AVX2(avx2_kernels), FEWBITS_AVX512(avx512_kernels));
 }
 
 Kernels choose_tables() {
-    Kernels k = portable_table_kernels();
-#if defined(FEWBITS_WITH_AVX2)
-    if (isa() >= Isa::avx2) k = avx2_table_kernels();
-#endif
-#if defined(FEWBITS_WITH_AVX512)
-    if (isa() >= Isa::avx512) k = avx512_table_kernels();
-#endif
-    return k;
+    return best_kernels(portable_table_kernels, FEWBITS_AVX2(avx2_table_kernels), FEWBITS_AVX512(avx512_table_kernels));
 }
 
 void pack_unit(int bits, const uint8_t* codes, int64_t count, uint32_t* lane) {

@@ -65,8 +65,8 @@ FEWBITS_INLINE void group_fixed(const Weight& w, int64_t g, const uint32_t* code
 #pragma GCC unroll 16
             for (int i = 0; i < N * M; i++) {
                 vf v = (vf)_mm256_cvtepi32_ps(acc[i * P]);
-                if (P == 2) v = fma((vf)_mm256_cvtepi32_ps(acc[i * P + P - 1]), vf{} + kLowStep, v);
-                sums[h * M + i] = fma(v, vf{} + steps[i % M], sums[h * M + i]);
+                if (P == 2) v = fma((vf)_mm256_cvtepi32_ps(acc[i * P + P - 1]), splat(kLowStep), v);
+                sums[h * M + i] = fma(v, splat(steps[i % M]), sums[h * M + i]);
             }
         }
         codes += units * unit_vectors(BITS) * kRows;
@@ -89,7 +89,7 @@ void blocks_fixed(const Weight& w, const Product& p, int64_t first, int64_t last
                 vf low[H * M];
                 group_fixed<BITS, M, 1>(w, g, codes, x, steps, sums);
                 group_fixed<BITS, M, 1>(w, g, codes, x + 1, steps, low);
-                for (int i = 0; i < H * M; i++) sums[i] = fma(low[i], vf{} + kLowStep, sums[i]);
+                for (int i = 0; i < H * M; i++) sums[i] = fma(low[i], splat(kLowStep), sums[i]);
             }
             const int64_t units = w.units_of(g);
             codes += units * unit_vectors(BITS) * kRows;

@@ -47,6 +47,9 @@ FEWBITS_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+// Adding x to zeros would be an addition, because -0 + 0 is not -0.
+FEWBITS_INLINE vf splat(float x) { return x - vf{}; }
+
 FEWBITS_INLINE float half_to_float(uint16_t h) {
     uint32_t bits = uint32_t(h & 0x7fff) << 13;
     float f;
@@ -182,7 +185,7 @@ FEWBITS_INLINE void dot(const uint32_t* codes, const float* x, int64_t units, co
         for (int j = 0; j < U; j++) {
             const vf q = field<CODE>(codes, j, lookup);
 #pragma GCC unroll 8
-            for (int m = 0; m < M; m++) part[j % N][m] = fma(q, vf{} + x[j * M + m], part[j % N][m]);
+            for (int m = 0; m < M; m++) part[j % N][m] = fma(q, splat(x[j * M + m]), part[j % N][m]);
         }
         codes += unit_vectors(CODE) * kRows;
         x += U * M;
@@ -312,7 +315,7 @@ FEWBITS_INLINE void dequantize_blocks(const Weight& w, T* out, int64_t stride, i
                 vf v[P * H];
                 for (int i = 0; i < P * H; i++) {
                     // The code and its difference from the zero point are integers: exact, with or without contraction.
-                    v[i] = fma(field<CODE>(codes + (i / H) * block_words + (i % H) * W, j, lookup), vf{} + unscale<CODE>(j), z[i]) * s[i];
+                    v[i] = fma(field<CODE>(codes + (i / H) * block_words + (i % H) * W, j, lookup), splat(unscale<CODE>(j)), z[i]) * s[i];
                 }
                 put<P>(out + (w.order ? w.order[column + j] : column + j) * stride, v);
             }

@@ -138,7 +138,7 @@ FEWBITS_INLINE void block_by_spans(const Weight& w, const Product& p, const Chun
         vf sums[H][M] = {};
         part(c, c + span < chunks.count ? c + span : chunks.count, sums);
         for (int h = 0; h < H; h++)
-            for (int m = 0; m < M; m++) total[h][m] = fma(sums[h][m], vf{} + steps[m], total[h][m]);
+            for (int m = 0; m < M; m++) total[h][m] = fma(sums[h][m], splat(steps[m]), total[h][m]);
     }
     for (int m = 0; m < M; m++) {
         float sums[kRows];
@@ -182,7 +182,7 @@ void blocks_small(const Weight& w, const Product& p, int64_t first, int64_t last
                     const vf s = load_scale(w, (b * w.groups + g) * kRows + h * W);
                     for (int m = 0; m < M; m++) {
                         vf v = (vf)_mm256_cvtepi32_ps(acc[h][m * P]);
-                        if (P == 2) v = fma((vf)_mm256_cvtepi32_ps(acc[h][m * P + P - 1]), vf{} + kLowStep, v);
+                        if (P == 2) v = fma((vf)_mm256_cvtepi32_ps(acc[h][m * P + P - 1]), splat(kLowStep), v);
                         sums[h][m] = fma(s, v, sums[h][m]);
                     }
                 }

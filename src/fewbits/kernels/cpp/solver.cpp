@@ -12,13 +12,7 @@ namespace fewbits {
 namespace {
 
 const SolverKernels &kernels() {
-#if defined(FEWBITS_WITH_AVX512)
-    if (isa() >= Isa::avx512) return solver_avx512();
-#endif
-#if defined(FEWBITS_WITH_AVX2)
-    if (isa() >= Isa::avx2) return solver_avx2();
-#endif
-    return solver_portable();
+    return best_kernels(solver_portable, FEWBITS_AVX2(solver_avx2), FEWBITS_AVX512(solver_avx512));
 }
 
 template <class T>

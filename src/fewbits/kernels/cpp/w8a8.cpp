@@ -17,16 +17,7 @@ namespace {
 
 constexpr int64_t kGrain = 8;  // blocks of a task: 128 rows, whose bytes of kDepth quads are 64 KiB
 
-Kernels choose() {
-    Kernels k = portable_kernels();
-#if defined(FEWBITS_WITH_AVX2)
-    if (isa() >= Isa::avx2) k = avx2_kernels();
-#endif
-#if defined(FEWBITS_WITH_AVX512)
-    if (isa() >= Isa::avx512) k = avx512_kernels();
-#endif
-    return k;
-}
+Kernels choose() { return best_kernels(portable_kernels, FEWBITS_AVX2(avx2_kernels), FEWBITS_AVX512(avx512_kernels)); }
 
 template <class T>
 T* pointer(uintptr_t address) {

@@ -5,7 +5,7 @@
 MODEL is dense, DATA a text. Both round it to NF4 with double quantization, start from the same adapters (same seed) and
 see the same rows in the same order, in float32. PEER_PYTHON is an interpreter with bitsandbytes, peft and transformers.
 ``--dense`` adds peft's LoRA on the unquantized model. Runs are separate processes, one after the other; peak memory is
-that of the whole process, loading included.
+that of the whole process, loading included. On a busy machine compare the processor's seconds with one thread.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -39,14 +40,15 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     adapter, rows = Adapter(r=args.r, alpha=args.r, dropout=0.0), Rows(args.seq_len)
     found = finetune(args.model, out, args.data, training=training, adapter=adapter, rows=rows, dtype="float32")
-    losses = [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    losses, cpu = [x["loss"] for x in lines], statistics.median(x["cpu_seconds"] for x in lines)
     facts = {
         "tool": "fewbits",
         "losses": losses,
         "step_seconds": found.step_seconds,
         "threads": torch.get_num_threads(),
     }
-    return facts | {"peak_rss_bytes": found.peak_rss_bytes, "total_seconds": found.seconds}
+    return facts | {"step_cpu_seconds": cpu, "peak_rss_bytes": found.peak_rss_bytes, "total_seconds": found.seconds}
 
 
 def peers(args: argparse.Namespace, dense: bool) -> dict[str, Any]:
@@ -104,6 +106,7 @@ def main() -> None:
         mine = found["ours"]
         found["ratio"] = {
             "step_seconds": mine["step_seconds"] / theirs["step_seconds"],
+            "step_cpu_seconds": mine["step_cpu_seconds"] / theirs["step_cpu_seconds"],
             "peak_rss_bytes": mine["peak_rss_bytes"] / theirs["peak_rss_bytes"],
             "loss": max(abs(a / b - 1) for a, b in zip(mine["losses"], theirs["losses"], strict=True)),
         }

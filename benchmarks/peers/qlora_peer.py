@@ -25,12 +25,14 @@ class Watch(TrainerCallback):
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.cpu: list[float] = []
 
     def on_step_begin(self, args, state, control, **rest):
-        self.began = time.perf_counter()
+        self.began, self.spent = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **rest):
         self.seconds.append(time.perf_counter() - self.began)
+        self.cpu.append(time.process_time() - self.spent)
 
     def on_log(self, args, state, control, logs=None, **rest):
         if "loss" in logs:
@@ -93,6 +95,7 @@ def main() -> None:
         tool=f"peft {version('peft')}, bitsandbytes {version('bitsandbytes')}",
         threads=torch.get_num_threads(),
         losses=watch.losses,
+        step_cpu_seconds=statistics.median(watch.cpu),
         step_seconds=statistics.median(watch.seconds),
     )
 

@@ -220,7 +220,8 @@ def test_wrong_requests_are_one_line(
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     options = [str(tmp_path / "empty.jsonl") if o == "EMPTY" else o for o in options]
-    assert main(["finetune", str(dense), str(tmp_path / "out"), "--data", str(examples), *options]) == 2
+    argv = ["finetune", str(dense), str(tmp_path / "out"), "--data", str(examples), "--seq-len", "48", *options]
+    assert main(argv) == 2 and not (tmp_path / "out").exists()
     out, err = capsys.readouterr()
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert out == "" and len(lines) == 1 and message in lines[0]

@@ -1,4 +1,4 @@
-"""Merging: the dense merge is the tuned model; rounding it again is measured, and refused where it undoes tuning."""
+"""Merging: the dense merge is the tuned model; rounding it again is measured, and refused where it undoes too much."""
 
 from __future__ import annotations
 

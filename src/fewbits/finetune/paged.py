@@ -65,7 +65,9 @@ class PagedAdamW(torch.optim.Optimizer):
         begins = np.cumsum([0, *sizes])[:-1].tolist()
         self._begin = {p: int(b) for p, b in zip(every, begins, strict=True)}
         kind = _Moments8 if bits == 8 else _Moments32
-        self._pages = _Pages(kind.size(sum(sizes)), folder, _kept(memory, kind.size(CHUNK)))
+        self._pages = _Pages(
+            kind.size(sum(sizes)), folder, _kept(memory, kind.size(CHUNK) + kind.temporaries * 4 * CHUNK)
+        )
         self._moments = kind(self._pages, sum(sizes))
 
     @torch.no_grad()
@@ -165,6 +167,8 @@ class _Pages:
 class _Moments32:
     """Both moments in float32, of consecutive pieces of ``CHUNK`` numbers one after the other."""
 
+    temporaries = 4
+
     def __init__(self, pages: _Pages, count: int):
         self.pages = pages
 
@@ -185,6 +189,8 @@ class _Moments32:
 
 class _Moments8:
     """Both moments as codes of a byte, and an absolute maximum per block: 2 + 2/64 bytes for each number."""
+
+    temporaries = 10
 
     def __init__(self, pages: _Pages, count: int):
         self.pages, self.maxima = pages, 2 * count
@@ -265,11 +271,10 @@ def _compress(x: Tensor, codes: Tensor, absmax: Tensor, table: Codebook) -> None
     codes.copy_(found.view(-1)[: len(x)])
 
 
-def _kept(memory: int | None, chunk: int) -> int | None:
-    """Bytes of pages that stay, so that with the chunk in use and its temporaries ``memory`` is not exceeded."""
+def _kept(memory: int | None, working: int) -> int | None:
+    """Bytes of pages that stay, so that with the ``working`` bytes of a chunk in use ``memory`` is not exceeded."""
     if memory is None:
         return None
-    working = chunk + 4 * CHUNK * 4
     if memory < working:
         raise RequestError(f"--optimizer-memory {memory} is less than a chunk in use takes; give at least {working}")
     return (memory - working) // PAGE * PAGE

@@ -87,10 +87,10 @@ class _Watch(TrainerCallback):
         self.log, self.tell = out / LOG, tell
         self.losses: list[float] = []
         self.seconds: list[float] = []
-        self.began = 0.0
+        self.began = self.cpu = self.spent = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.began = time.perf_counter()
+        self.began, self.cpu = time.perf_counter(), time.process_time()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         grads = [p.grad for p in rest["model"].parameters() if p.grad is not None]
@@ -99,6 +99,7 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.seconds.append(time.perf_counter() - self.began)
+        self.spent = time.process_time() - self.cpu
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
         if "loss" not in logs:
@@ -111,6 +112,7 @@ class _Watch(TrainerCallback):
             "grad_norm": logs.get("grad_norm"),
             "epoch": state.epoch,
             "seconds": self.seconds[-1],
+            "cpu_seconds": self.spent,
             "peak_rss_bytes": peak_rss(),
         }
         with self.log.open("a") as f:

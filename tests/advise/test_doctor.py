@@ -291,7 +291,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
         "",
     ),
     "a NaN scale in GGUF": ("gguf", gguf_bytes(gguf_nan), "not finite", "blk.1.ffn_up.weight"),
-    "a tensor of another name in GGUF": ("gguf", gguf_bytes(gguf_rename), "unexpected tensor", "blk.1.ffn_xp.weight"),
+    "a tensor of another name in GGUF": ("gguf", gguf_bytes(gguf_rename), "file", "blk.1.ffn_xp.weight"),
     "a method that nobody knows": ("awq", describe(quant_method="none such"), "config mismatch", "quantization_config"),
     "a config that is no JSON": ("dense", lambda p: (p / "config.json").write_text("{"), "config", "config.json"),
 }

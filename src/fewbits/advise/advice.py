@@ -106,7 +106,7 @@ def advise(situation: Situation, planner: Planner | None = None) -> Advice:
     one the bits of the rules' own table are compared with ``situation.bits``.
     """
     rules = _data()["rules"]
-    options = {n: o for n, o in _data()["options"].items() if situation.target in o["on"]}
+    options = {n: o for n, o in _data()["options"].items() if situation.target in o["for"]}
     choices = {n: c for n, o in options.items() if (c := _sized(n, o, situation, planner)) is not None}
     also: list[tuple[str, Reason]] = []
     warnings: list[tuple[str, Reason]] = []

@@ -114,7 +114,7 @@ def chosen(config: Any, asked: str | None) -> str | None:
     """
     if asked is not None:
         return None if asked == OFF else asked
-    described = getattr(config, "quantization_config", None)
+    described: Any = getattr(config, "quantization_config", None)
     raw = getattr(described, "raw", None) or (described.to_dict() if hasattr(described, "to_dict") else described)
     kind = formats.cache_kind(raw) if isinstance(raw, Mapping) else None
     if kind is not None:

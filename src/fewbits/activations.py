@@ -178,10 +178,11 @@ class Inputs:
         ``round(x * (127 / absmax))``, not ``round(x / (absmax / 127))``: ties are common.
         """
         a, s = half(x).to(real(x).dtype), self.scheme
-        reach = a.abs() >= s.outliers
-        absmax = _positive(a.abs().masked_fill(reach, 0).amax(-1, keepdim=True))
+        magnitude = a.abs()
+        reach = magnitude >= s.outliers
+        absmax = _positive(magnitude.masked_fill_(reach, 0).amax(-1, keepdim=True))
         loud = reach.reshape(-1, a.shape[-1]).any(0)
-        return self._round(a.masked_fill(loud, 0) * (s.largest / absmax)), absmax, loud
+        return self._round(a.masked_fill(loud, 0).mul_(s.largest / absmax)), absmax, loud
 
     def _round(self, a: Tensor) -> Tensor:
         codes = ELEMENTS[self.scheme.element].nearest(a)

@@ -82,11 +82,14 @@ def compare(ours: Path, theirs: Path) -> dict[str, Any]:
     return found
 
 
-def logits(path: Path, python: str, work: Path, ids: Tensor) -> dict[str, float]:
+def logits(path: Path, python: str, work: Path, ids: Tensor) -> dict[str, float | None]:
     """Of our checkpoint at ``path`` in the peer's software and in ours: the largest and the root mean square
-    difference, as shares of the range."""
+    difference, as shares of the range; None when the peer cannot run it in float32."""
     save_file({"ids": ids}, work / "ids.safetensors")
-    peer(python, "logits.py", path, "--ids", work / "ids.safetensors", "--out", work / "logits.safetensors")
+    try:
+        peer(python, "logits.py", path, "--ids", work / "ids.safetensors", "--out", work / "logits.safetensors")
+    except subprocess.CalledProcessError:
+        return {"logits_max": None, "logits_rms": None}
     theirs = load_file(work / "logits.safetensors")["logits"]
     model, _ = fewbits.load(path, dtype=torch.float32)
     with torch.inference_mode():
@@ -107,7 +110,8 @@ def row(case: str, c: dict[str, Any]) -> str:
         return f"| {tool} | {case} | {c['refused']} | | | |"
     odd = len(c["only_ours"]) + len(c["only_theirs"])
     counts = f"{c['equal']} of {c['tensors']} | {c['bytes_equal']:,} of {c['bytes']:,} | {odd}"
-    return f"| {tool} | {case} | {counts} | {c['logits_max']:.1e} |"
+    gap = "not run in float32" if c["logits_max"] is None else f"{c['logits_max']:.1e}"
+    return f"| {tool} | {case} | {counts} | {gap} |"
 
 
 def main() -> None:

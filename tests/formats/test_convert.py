@@ -235,9 +235,10 @@ def test_what_would_be_lost_is_refused(made, tmp_path, name, target, words):
         convert(made(name), tmp_path / "out", target)
     assert "--lossy" in str(e.value) and "down_proj" in str(e.value)
     assert list(tmp_path.iterdir()) == []
-    found = convert(made(name), tmp_path / "out", target, lossy=True)
+    out = tmp_path / ("out.gguf" if target == "gguf" else "out")
+    found = convert(made(name), out, target, lossy=True)
     assert len(found.rounded) == 14 and all(0 < x < 0.2 for x in found.rounded.values())
-    reader = open_reader(tmp_path / "out")
+    reader = open_reader(out)
     before = dense(made(name))
     for n, q in reader.modules():
         w = before[f"{n}.weight"]
@@ -251,6 +252,9 @@ def test_inputs_that_have_no_place_are_said(made, tmp_path):
 
 def test_the_command(capsys, made, source, tmp_path):
     argv = ["convert", str(made("awq")), str(tmp_path / "out")]
+    assert main([*argv, "--format", "gptq", "--json", "--dry-run"]) == 0
+    dry = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert dry["exact"] and dry["dry_run"] and not (tmp_path / "out").exists()
     assert main([*argv, "--format", "gptq", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["exact"] and found["format"] == "gptq" and sum(found["grids"].values()) == 14

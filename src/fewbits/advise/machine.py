@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fewbits import kernels
+from fewbits.pipeline.precision import PRECISIONS
 from fewbits.plan import Recipe
 from fewbits.stats import Stats
 
@@ -63,15 +63,16 @@ class Machine:
 
     @classmethod
     def measure(cls, compute: str) -> Machine:
-        """``compute`` as in a plan: bf16 or fp32."""
-        dtype = torch.bfloat16 if compute == "bf16" else torch.float32
-        n = _SIZES[1]
-        x, w, gram = torch.randn(TOKENS, n).to(dtype), torch.randn(n, n).to(dtype), torch.zeros(n, n)
+        """``compute`` as in a plan."""
+        precision, n = PRECISIONS[compute], _SIZES[1]
+        x, w, gram = torch.randn(TOKENS, n), torch.randn(n, n), torch.zeros(n, n)
         source = torch.zeros(1 << 24)
-        product = best(lambda: x @ w)
+        with precision.context():
+            product = best(lambda: torch.nn.functional.linear(x, w))
+        observed = x.to(precision.observed)
         return cls(
             2 * TOKENS * n * n / product,
-            TOKENS * n * n / best(lambda: kernels.gram_(gram, x)),
+            TOKENS * n * n / best(lambda: precision.gram_(gram, observed)),
             source.nbytes / best(source.clone),
         )
 

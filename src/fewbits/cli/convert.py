@@ -24,6 +24,9 @@ def command(
         str | None, typer.Option(help="GGUF: f16, bf16, f32, q8_0, q4_k_m ...; transformers: f16, bf16 or f32.")
     ] = None,
     lossy: Annotated[bool, typer.Option("--lossy", help="Round what the new format cannot hold exactly.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Of a quantized model: say what would be exact; write nothing.")
+    ] = False,
     imatrix: Annotated[Path | None, typer.Option(help="llama.cpp's importance matrix for the searches.")] = None,
     split: Annotated[str | None, typer.Option(metavar="SIZE", help="Several GGUF files of at most this size.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when it exists.")] = False,
@@ -53,8 +56,12 @@ def command(
     if out.exists() and not overwrite:
         raise RequestError(f"{out} exists; choose another output, or give --overwrite to replace it")
     stderr(f"converting {src} ...")
+    if dry_run and not quantized(src, wanted):
+        raise RequestError(
+            f"--dry-run given, but {src} is not quantized; use `fewbits plan {src} --method f16` or another type"
+        )
     if quantized(src, wanted):
-        found = carry_over(src, out, wanted, type, lossy)
+        found = carry_over(src, out, wanted, type, lossy, dry_run)
     else:
         paths, exact = (
             to_gguf(src, out, (type or "f16", imatrix, size(split, "--split")))
@@ -63,7 +70,8 @@ def command(
         )
         total = sum(p.stat().st_size for p in paths)
         found = {"out": str(out), "format": wanted, "type": type or "f16", "size_bytes": total, "exact": exact}
-    stderr(f"{out}: {human(found['size_bytes'])}, {'exact' if found['exact'] else 'rounded'}")
+    size_of = "not written" if dry_run else human(found["size_bytes"])
+    stderr(f"{out}: {size_of}, {'exact' if found['exact'] else 'rounded'}")
     if as_json:
         emit(found)
 
@@ -86,7 +94,9 @@ def quantized(src: str, wanted: str) -> bool:
     return carried
 
 
-def carry_over(src: str, out: Path, wanted: str, kind: str | None, lossy: bool) -> dict[str, Any]:
+def carry_over(
+    src: str, out: Path, wanted: str, kind: str | None, lossy: bool, dry_run: bool = False
+) -> dict[str, Any]:
     """Codes and scales from one format to another; what happened, as JSON types."""
     import torch
 
@@ -95,7 +105,8 @@ def carry_over(src: str, out: Path, wanted: str, kind: str | None, lossy: bool) 
     dtypes = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
     if kind is not None and wanted != "transformers":
         raise RequestError(f"--type {kind} given, but a quantized model keeps its own grids in {wanted}; drop --type")
-    made = convert(src, out, wanted, dtypes[choice(kind or "f32", dtypes, "type")], lossy).to_json()
+    made = convert(src, out, wanted, dtypes[choice(kind or "f32", dtypes, "type")], lossy, dry_run).to_json()
+    made |= {"dry_run": True} if dry_run else {}
     for line in made["notes"]:
         stderr(f"note: {line}")
     for grid, count in made["grids"].items():

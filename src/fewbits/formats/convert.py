@@ -79,12 +79,17 @@ class Reader(Protocol):
 
 
 def convert(
-    src: str | Path, out: Path, target: str, dtype: torch.dtype | None = None, lossy: bool = False
+    src: str | Path,
+    out: Path,
+    target: str,
+    dtype: torch.dtype | None = None,
+    lossy: bool = False,
+    dry_run: bool = False,
 ) -> Converted:
     """Convert a quantized checkpoint (a directory, or a .gguf file) into ``target``, one of :data:`TARGETS`.
 
     ``dtype`` of dense weights: by default float32, in which every grid is exact. Raises RequestError when a weight has
-    no place in the new format and ``lossy`` does not allow rounding it; nothing is written then.
+    no place in the new format and ``lossy`` does not allow rounding it; nothing is written then, nor in a ``dry_run``.
     """
     if target not in TARGETS:
         raise RequestError(f"format {target!r} is unknown; allowed: {', '.join(TARGETS)}")
@@ -97,6 +102,8 @@ def convert(
     carry = _Carry(target, dtype or torch.float32, lossy)
     entries = [e for name, q in reader.modules() if (e := carry.settle(name, q, found)) is not None]
     carry.refuse(str(src))
+    if dry_run:
+        return found
     for name, t in _linear(reader.rest()):
         entries.append(Entry(name.removesuffix(".weight"), (t.shape[0], t.shape[1]), None))
     partial = out.with_name(out.name + ".converting")  # a file of that name and ".partial" is being written

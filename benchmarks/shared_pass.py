@@ -2,8 +2,8 @@
 
     python benchmarks/shared_pass.py MODEL TEXT [--blocks 3] [--samples 32]
 
-Times ``gptq`` as `quantize` does it, then five methods on one calibration pass, on the first blocks of the model. The bar:
-five methods cost at most twice one method, and their solvers.
+Times ``gptq`` as `quantize` does it, then five methods on one calibration pass, on the first blocks of the model. The
+bar: five methods cost at most twice one method, and their solvers.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ import torch
 from fewbits import api
 from fewbits.cli import main
 from fewbits.compare import Cell, Comparison, Setting, cells, figures, markdown, rows
+from fewbits.compare.cell import fitting
 from fewbits.errors import RequestError
 from fewbits.evaluate import evaluate
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -53,6 +54,15 @@ def test_cells() -> None:
         cells(["rtn", "rtn"])
     with pytest.raises(RequestError, match="did you mean"):
         cells(["gptqq"])
+
+
+def test_groups_that_fit_the_model() -> None:
+    assert fitting(Cell("gptq", 4), (576, 1536)) == Cell("gptq", 4, 64)
+    assert fitting(Cell("gptq", 4), (1024, 4096)) == Cell("gptq", 4)
+    assert fitting(Cell("gptq", 4, 128), (576,)) == Cell("gptq", 4, 128)  # what was asked for stays
+    assert fitting(Cell("rtn", 4), (100,)).group_size == 16  # nothing fits: the format says why
+    for fixed in ("w8a8", "q4_k_m", "fp8-block", "nf4"):
+        assert fitting(Cell(fixed), (100,)) == Cell(fixed)
 
 
 @pytest.fixture(scope="module")

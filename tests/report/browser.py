@@ -92,10 +92,10 @@ class Browser:
         return found["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until an expression is true, at most a minute."""
+        """Until an expression is true, at most five minutes."""
         self.js(
             "new Promise((ok, no) => { let n = 0; const look = () => { try { if (" + condition + ") return ok(1) } "
-            "catch (e) {} if (++n > 600) no('never: ' + document.title); else setTimeout(look, 100) }; look() })"
+            "catch (e) {} if (++n > 3000) no('never: ' + document.title); else setTimeout(look, 100) }; look() })"
         )
 
     def click(self, selector: str) -> None:

@@ -126,7 +126,8 @@ def test_the_heat_map_holds_every_layer() -> None:
 def test_the_page_of_a_comparison(found: dict[str, Any]) -> None:
     page = comparison.page(found)
     inside = data(page)
-    assert not re.search(r'(src|href)="(?!data:)', re.sub(r"(<script[^>]*>).*?</script>", r"\1", page, flags=re.S))
+    ours = page[: page.index("<script>")] + page[page.rindex("<script>") :]  # what is between is plotly's own code
+    assert not re.search(r'(src|href)="(?!data:)|https?:', ours)
     axes = inside["figures"]["pareto"]["axes"]
     assert list(axes) == ["size on disk", "bits per weight", "memory", "decode tokens per second"]
     line, *points = axes["size on disk"]["traces"]

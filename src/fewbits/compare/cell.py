@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from fewbits import methods
 from fewbits.errors import RequestError
+from fewbits.grids import Int
 from fewbits.pipeline import mixture
+
+LEAST = 16
+"""The smallest group that is tried."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,20 @@ def cells(
             for f in formats or (None,):
                 found.append(Cell(name, b, group_size if "group" in adjustable else None, f))
     return found
+
+
+def fitting(cell: Cell, columns: Iterable[int]) -> Cell:
+    """``cell`` with groups that divide ``columns``, the widths of the model's weights.
+
+    Most readers want whole groups of integers. Where the method's own group size, not one that was given, does not
+    divide, it is halved until it does. Other grids have their blocks fixed, and say how edges are treated.
+    """
+    if cell.group_size is not None or mixture.is_mixture(cell.method) or not isinstance(_grid(cell.method), Int):
+        return cell
+    fits = group = _grid(cell.method).group
+    while fits > LEAST and any(c % fits for c in columns):
+        fits //= 2
+    return cell if fits == group else replace(cell, group_size=fits)
 
 
 def _grid(name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from fewbits import api
 from fewbits.compare import figures
-from fewbits.compare.cell import Cell
+from fewbits.compare.cell import Cell, fitting
 from fewbits.compare.folder import IDENTITY, Folder, read
 from fewbits.errors import RequestError
 from fewbits.evaluate import distribution
@@ -19,8 +19,10 @@ from fewbits.evaluate.against import Reference, Settings
 from fewbits.evaluate.api import float_type, summary
 from fewbits.evaluate.census import census
 from fewbits.evaluate.speed import bench, resident
+from fewbits.model import Source
 from fewbits.pipeline.job import Job
 from fewbits.pipeline.together import alike, together
+from fewbits.pipeline.walk import entries_of
 
 Event = dict[str, Any]
 REFERENCE = "original"
@@ -97,6 +99,8 @@ class Comparison:
         """Jobs of the cells that are not quantized yet; what a layout or a method refuses is noted and left out."""
         jobs: dict[str, Job] = {}
         s = self.setting
+        if any("quantize" not in self.folder.cell(c.name) for c in self.cells):
+            self.cells = self._fitting()
         for cell in self.cells:
             known = self.folder.cell(cell.name)
             if "quantize" in known:
@@ -111,6 +115,16 @@ class Comparison:
         if self.cells and all(self.folder.cell(c.name).get("refused") for c in self.cells):
             raise RequestError(f"no cell can be made: {self.folder.cell(self.cells[0].name)['refused']}")
         return jobs
+
+    def _fitting(self) -> list[Cell]:
+        """The cells with groups that divide the model's widths, and a note where that is not the method's own."""
+        columns = sorted({e.shape[1] for e in entries_of(Source.open(self.src))})
+        found = [fitting(c, columns) for c in self.cells]
+        for size in sorted({b.group_size for a, b in zip(self.cells, found, strict=True) if a != b and b.group_size}):
+            names = [b.name for a, b in zip(self.cells, found, strict=True) if a != b and b.group_size == size]
+            message = f"groups of {size} for {', '.join(names)}: their own do not divide widths of {columns}"
+            self._tell({"event": "note", "message": message})
+        return found
 
     def _job(self, cell: Cell, how: Mapping[str, Any]) -> Job:
         out = self.folder.checkpoint(cell.name)

@@ -30,6 +30,10 @@ CHANGES = {
 CHANGES["mistral"] = {"sliding_window": None}
 
 
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [1 + 0.3 * i for i in range(16)]}
+LONG["short_factor"] = [1 + 0.01 * i for i in range(16)]
+
+
 def kl(p: np.ndarray, q: np.ndarray) -> float:
     """Mean KL divergence of the distributions whose logits are given."""
     a, b = (torch.from_numpy(x).double().log_softmax(-1) for x in (p, q))
@@ -54,3 +58,26 @@ def test_llama_cpp_computes_what_transformers_computes(family, mixture, tmp_path
     # llama.cpp rounds activations to 8 bits where weights are quantized, and keys and values to half precision.
     assert kl(want, got) < (1e-5 if mixture == "f32" else 5e-3)
     assert want.std() > 0.5
+
+
+@pytest.mark.parametrize("trained", [32, 512])
+def test_long_rope_factors(trained, tmp_path):
+    """Phi-3's two sets of factors: llama.cpp takes one by the size of its context, transformers by the text's."""
+    ggml.library()
+    from transformers import AutoModelForCausalLM
+
+    rope = LONG | {"original_max_position_embeddings": trained}
+    changes = SIZES | {"rope_parameters": rope, "original_max_position_embeddings": trained}
+    source = tiny_model("phi3", tmp_path / "model", **changes | {"max_position_embeddings": 4 * trained})
+    tiny_tokenizer(source)
+    path = tmp_path / "m.gguf"
+    gguf_model.prepare(source, [Checkpoint.open(source)], "f32").write(path)
+    back = gguf_import.convert(path, tmp_path / "back", torch.float32)
+    ids = np.random.default_rng(0).integers(3, 300, 64).tolist()
+    with torch.no_grad():
+        want, again = (
+            AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32)(torch.tensor([ids])).logits[0].numpy()
+            for p in (source, back)
+        )
+    np.testing.assert_allclose(again, want, atol=2e-5, rtol=1e-4)
+    assert kl(want, ggml.logits(path, ids)) < 1e-5

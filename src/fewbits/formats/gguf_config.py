@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fewbits.errors import CheckpointError, RequestError
-from fewbits.formats import gguf, gguf_names
+from fewbits.formats import gguf, gguf_names, gguf_rope
 
 ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
@@ -38,8 +38,15 @@ def config_of(file: gguf.File) -> dict[str, Any]:
     scaling = get("rope.scaling.type", str, "none")
     if scaling in ("linear", "yarn"):
         rope |= {"rope_type": scaling, "factor": get("rope.scaling.factor", float)}
-    if "rope_freqs.weight" in file.infos:
-        rope |= llama3_settings(file, get("context_length", int))
+    if gguf_rope.FREQS in file.infos:
+        rope |= llama3_settings(file)
+    if gguf_rope.LONG in file.infos and gguf_rope.SHORT in file.infos:
+        rope |= gguf_rope.long_factors(*(file.tensor(n).float() for n in (gguf_rope.LONG, gguf_rope.SHORT)))
+        if (attention := get("rope.scaling.attn_factor", float, None)) is not None:
+            rope["attention_factor"] = attention
+    original = get("rope.scaling.original_context_length", int, None)
+    if original and rope["rope_type"] != "llama3":
+        rope["original_max_position_embeddings"] = original
     found = {
         "architectures": [architecture],
         "model_type": kind,
@@ -56,6 +63,9 @@ def config_of(file: gguf.File) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.infos,
         "attention_bias": "blk.0.attn_q.bias" in file.infos,
     }
+    turned = get("rope.dimension_count", int, found["head_dim"])
+    if 0 < turned < found["head_dim"]:
+        rope["partial_rotary_factor"] = found["partial_rotary_factor"] = turned / found["head_dim"]
     window = get("attention.sliding_window", int, None)
     if window and kind == "llama":
         found |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
@@ -107,7 +117,7 @@ def _require_shapes(file: gguf.File, c: Mapping[str, Any]) -> None:
             raise CheckpointError(f"{file.path}: block {i} and the others differ in {lacking}; download it again")
 
 
-def llama3_settings(file: gguf.File, context: int) -> dict[str, Any]:
+def llama3_settings(file: gguf.File) -> dict[str, Any]:
     """The settings whose factors the file holds: factor from the last of them, the rest Llama 3's own."""
     factor = float(file.tensor("rope_freqs.weight").float().max())
     settings = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}

@@ -8,7 +8,6 @@ norms, tied heads left out, vectors in float32.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,14 +19,13 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import CheckpointError, RequestError
-from fewbits.formats import gguf, gguf_blocks, gguf_mixtures, gguf_names, gguf_tokenizer
+from fewbits.formats import gguf, gguf_blocks, gguf_mixtures, gguf_names, gguf_rope, gguf_tokenizer
 from fewbits.formats.gguf import Info
 from fewbits.grids import BLOCK_TYPES, Block
 from fewbits.storage import Checkpoint
 
 PACKED = "ggml_"
 CHUNK = 1 << 22  # weights encoded at a time
-ROPE_FREQS = "rope_freqs.weight"
 Kinds = Callable[[str, tuple[int, ...]], str]
 
 
@@ -72,8 +70,8 @@ class Export:
 
     def _data(self, item: Item) -> Iterator[Any]:
         info = item.info
-        if info.name == ROPE_FREQS:
-            yield _bytes(rope_factors(self.config))
+        if info.name in gguf_rope.TENSORS:
+            yield _bytes(gguf_rope.tensors(*_rotary(self.config))[info.name])
             return
         t, order = item.checkpoint.tensor(item.name), self._order(info)
         t = t if order is None else t[order]
@@ -138,9 +136,8 @@ def prepare(
         shape, kind = _shape(checkpoint, source)
         kind = kind or (kinds or {}).get(name) or gguf_mixtures.kind_of(mix, name, shape, facts)
         items.append(Item(Info(name, kind, shape), checkpoint, source))
-    if gguf_names.rope_parameters(gguf_names.text(config)).get("rope_type") == "llama3":
-        size = gguf_names.head_size(gguf_names.text(config)) // 2
-        items.append(Item(Info(ROPE_FREQS, "f32", (size,)), checkpoints[0], ROPE_FREQS))
+    for name, factors in gguf_rope.tensors(*_rotary(config)).items():
+        items.append(Item(Info(name, "f32", tuple(factors.shape)), checkpoints[0], name))
     rows = next((i.info.shape[0] for i in items if i.info.name == "token_embd.weight"), 0)
     if not rows:
         raise CheckpointError(f"{folder} holds no embedding; the model is damaged")
@@ -225,21 +222,9 @@ def _parts(infos: Sequence[Info], most: int | None) -> list[list[Info]]:
     return parts
 
 
-def rope_factors(config: Mapping[str, Any]) -> Tensor:
-    """What Llama 3 divides its rotary frequencies by, float32 ``[head size / 2]`` (arXiv 2407.21783, released code)."""
+def _rotary(config: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     c = gguf_names.text(config)
-    rope = gguf_names.rope_parameters(c)
-    size = gguf_names.head_size(c)
-    factor, low, high = (
-        float(rope.get(k, d)) for k, d in (("factor", 8), ("low_freq_factor", 1), ("high_freq_factor", 4))
-    )
-    context = float(rope.get("original_max_position_embeddings", 8192))
-    found = []
-    for i in range(size // 2):
-        wavelength = 2 * math.pi * float(rope.get("rope_theta") or 10000.0) ** (2 * i / size)
-        smooth = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
-        found.append(1 / ((1 - smooth) / factor + smooth))
-    return torch.tensor(found, dtype=torch.float32)
+    return c, gguf_names.head_size(c)
 
 
 def keeps(dtype: torch.dtype, kind: str) -> bool:

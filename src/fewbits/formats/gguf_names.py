@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fewbits.errors import RequestError
+from fewbits.formats import gguf_rope
 
 OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 INSIDE = {
@@ -116,14 +117,14 @@ def metadata(config: Mapping[str, Any], f: Family) -> dict[str, Any]:
     if f.heads:
         found |= {f"{a}.attention.key_length": size, f"{a}.attention.value_length": size}
     if f.rope:
-        found[f"{a}.rope.dimension_count"] = int(size * (c.get("partial_rotary_factor") or 1))
+        found[f"{a}.rope.dimension_count"] = gguf_rope.rotated(c, size)
     if f.vocabulary:
         found[f"{a}.vocab_size"] = c["vocab_size"]
     if c.get("sliding_window") and c.get("use_sliding_window", True):
         found[f"{a}.attention.sliding_window"] = c["sliding_window"]
     if a == "gemma3":
         _check_gemma(c)
-    return found | _rope(c, a)
+    return found | gguf_rope.metadata(c, a)
 
 
 def gemma_scalar(layers: int, width: int, heads: int, size: int) -> int:
@@ -140,27 +141,3 @@ def _check_gemma(c: Mapping[str, Any]) -> None:
     scalar = gemma_scalar(c["num_hidden_layers"], c["hidden_size"], c["num_attention_heads"], head_size(c))
     if c.get("query_pre_attn_scalar", scalar) != scalar:
         raise RequestError(f"GGUF's gemma3 has query_pre_attn_scalar {scalar}, this one {c['query_pre_attn_scalar']}")
-
-
-def _rope(c: Mapping[str, Any], a: str) -> dict[str, Any]:
-    rope = rope_parameters(c)
-    found: dict[str, Any] = {f"{a}.rope.freq_base": float(rope.get("rope_theta") or 10000.0)}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("linear", "yarn"):
-        found |= {f"{a}.rope.scaling.type": kind, f"{a}.rope.scaling.factor": float(rope["factor"])}
-        if "original_max_position_embeddings" in rope:
-            found[f"{a}.rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
-    elif kind not in ("default", "llama3", None):
-        raise RequestError(
-            f"rotary embedding of type {kind!r} cannot be written as GGUF; allowed: linear, yarn, llama3"
-        )
-    return found
-
-
-def rope_parameters(c: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings under one roof: transformers 5 keeps them in ``rope_parameters`` (per layer type for Gemma)."""
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-    if isinstance(rope.get("full_attention"), Mapping):
-        rope = dict(rope["full_attention"])
-    rope.setdefault("rope_theta", c.get("rope_theta"))
-    return rope

@@ -63,6 +63,8 @@ def config_of(file: gguf.File) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.infos,
         "attention_bias": "blk.0.attn_q.bias" in file.infos,
     }
+    if rope["rope_type"] == "longrope" and original:
+        found["original_max_position_embeddings"] = original  # Phi-3's config wants it here too
     turned = get("rope.dimension_count", int, found["head_dim"])
     if 0 < turned < found["head_dim"]:
         rope["partial_rotary_factor"] = found["partial_rotary_factor"] = turned / found["head_dim"]

@@ -27,6 +27,8 @@ SIZES = {
 CHANGES = {
     "gemma3_text": {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 32, "sliding_window": 512}
 }
+CHANGES["qwen3_moe"] = {"mlp_only_layers": [], "moe_intermediate_size": 256}
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe"]
 CHANGES["mistral"] = {"sliding_window": None}
 
 
@@ -41,7 +43,7 @@ def kl(p: np.ndarray, q: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("mixture", ["f32", "q8_0", "q4_k_m"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_what_transformers_computes(family, mixture, tmp_path):
     ggml.library()
     from transformers import AutoModelForCausalLM
@@ -55,8 +57,10 @@ def test_llama_cpp_computes_what_transformers_computes(family, mixture, tmp_path
     with torch.no_grad():
         want = AutoModelForCausalLM.from_pretrained(back, dtype=torch.float32)(torch.tensor([ids])).logits[0].numpy()
     got = ggml.logits(path, ids)
-    # llama.cpp rounds activations to 8 bits where weights are quantized, and keys and values to half precision.
-    assert kl(want, got) < (1e-5 if mixture == "f32" else 5e-3)
+    # llama.cpp rounds activations to 8 bits where weights are quantized, and keys and values to half precision; a token
+    # between two experts may then go to the other one.
+    bar = 5e-2 if family in ("mixtral", "qwen3_moe") else 5e-3
+    assert kl(want, got) < (1e-5 if mixture == "f32" else bar)
     assert want.std() > 0.5
 
 

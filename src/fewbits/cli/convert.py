@@ -132,8 +132,7 @@ def to_gguf(src: str, out: Path, how: tuple[str, Path | None, int | None]) -> tu
     importance = gguf_imatrix.read(imatrix).mean_squares() if imatrix else None
     checkpoint = Checkpoint.open(folder)
     export = gguf_model.prepare(folder, [checkpoint], kind, importance, title=folder.resolve().name)
-    exact = all(gguf_model.keeps(checkpoint.dtype(i.name), i.info.kind) for i in export.items)
-    return export.write(out, split), exact
+    return export.write(out, split), all(i.exact for i in export.items)
 
 
 def to_imatrix(src: str, out: Path, how: tuple[str, int, int]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ ARCHITECTURES = {
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
     "qwen3": ("qwen3", "Qwen3ForCausalLM"),
+    "qwen3moe": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "phi3": ("phi3", "Phi3ForCausalLM"),
 }
@@ -68,8 +69,20 @@ def config_of(file: gguf.File) -> dict[str, Any]:
     turned = get("rope.dimension_count", int, found["head_dim"])
     if 0 < turned < found["head_dim"]:
         rope["partial_rotary_factor"] = found["partial_rotary_factor"] = turned / found["head_dim"]
+    experts = get("expert_count", int, 0)
+    if experts:
+        if kind not in ("llama", "qwen3_moe"):
+            raise RequestError(f"{file.path}: {name} with experts cannot be read; llama and qwen3moe can")
+        found |= {"num_experts_per_tok": get("expert_used_count", int)}
+        if kind == "llama":
+            found |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": experts}
+        else:
+            found |= {"num_experts": experts, "moe_intermediate_size": get("expert_feed_forward_length", int)}
+            found |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
     window = get("attention.sliding_window", int, None)
-    if window and kind == "llama":
+    if experts and window:
+        found["sliding_window"] = window
+    elif window and kind == "llama":
         found |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     found |= {"sliding_window": window} if window and kind in ("gemma3_text", "phi3", "llama") else {}
     if kind == "gemma3_text":
@@ -96,6 +109,10 @@ def _require_shapes(file: gguf.File, c: Mapping[str, Any]) -> None:
     shapes: dict[str, tuple[Any, ...]] = {"attn_q": (q, width), "attn_k": (kv, width), "attn_v": (kv, width)}
     shapes["attn_output"] = (width, q)
     shapes |= {"attn_q_norm": (size,), "attn_k_norm": (size,), "attn_qkv": (q + 2 * kv, width)}
+    experts = c.get("num_local_experts") or c.get("num_experts") or 0
+    each = c.get("moe_intermediate_size", inner)
+    shapes |= {"ffn_gate_inp": (experts, width), "ffn_down_exps": (experts, width, each)}
+    shapes |= {"ffn_gate_exps": (experts, each, width), "ffn_up_exps": (experts, each, width)}
     fused = "blk.0.attn_qkv.weight" in file.infos
     shapes |= {"ffn_gate": (inner, width), "ffn_up": (2 * inner if fused else inner, width), "ffn_down": (width, inner)}
     blocks: dict[int, set[str]] = {}
@@ -109,8 +126,11 @@ def _require_shapes(file: gguf.File, c: Mapping[str, Any]) -> None:
                     f"{file.path}: tensor {name!r} has shape {info.shape}, the metadata says {wanted}"
                 )
     count = c["num_hidden_layers"]
-    needed = {"attn_norm", "attn_output", "ffn_norm", "ffn_up", "ffn_down"}
-    needed |= {"attn_qkv"} if fused else {"attn_q", "attn_k", "attn_v", "ffn_gate"}
+    needed = {"attn_norm", "attn_output", "ffn_norm"} | ({"attn_qkv"} if fused else {"attn_q", "attn_k", "attn_v"})
+    if experts:
+        needed |= {"ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
+    else:
+        needed |= {"ffn_up", "ffn_down"} if fused else {"ffn_gate", "ffn_up", "ffn_down"}
     if len(blocks) != count or max(blocks, default=-1) != count - 1:
         raise CheckpointError(f"{file.path}: the metadata says {count} blocks, the file has {len(blocks)}")
     for i, roles in sorted(blocks.items()):

@@ -1,8 +1,9 @@
 """Rotary embeddings in GGUF: settings that are metadata, and factors that are tensors, there and back.
 
 Linear and YaRN scaling are metadata. Llama 3's divisors of the frequencies are the tensor ``rope_freqs.weight``
-(arXiv 2407.21783, released code); Phi-3's, one set for short texts and one for long ones, are ``rope_factors_short`` and
-``rope_factors_long`` (LongRoPE, arXiv 2402.13753), of which llama.cpp takes the one that its context's size asks for.
+(arXiv 2407.21783, released code); Phi-3's, one set for short texts and one for long ones, are ``rope_factors_short``
+and ``rope_factors_long`` (LongRoPE, arXiv 2402.13753), of which llama.cpp takes the one that its context's size asks
+for.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.errors import FewbitsError
+from fewbits.errors import FewbitsError, RequestError
 from fewbits.formats import gguf_names
 from fewbits.formats.gguf_imatrix import Imatrix
 from fewbits.model import Source, rows
@@ -42,7 +42,10 @@ def observe(
     sums: dict[str, Tensor] = {}
     for i in range(source.n_blocks):
         for local, squares in _block(source, i, acts).items():
-            name = gguf_names.stored_name(f"{source.disk_name(i, local)}.weight", family)
+            given = f"{source.disk_name(i, local)}.weight"
+            if gguf_names.expert(given) is not None:
+                raise RequestError(f"{path} has experts; importance matrices of dense models can be made")
+            name = gguf_names.stored_name(given, family)
             if name is not None:
                 sums[name] = squares
         if on_event is not None:

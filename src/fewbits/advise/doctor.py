@@ -180,8 +180,10 @@ def _check_gguf(file: Path, path: Path) -> Report:
         except CheckpointError as e:
             report.findings.append(Finding("unexpected tensor", info.name, str(e)))
             continue
-        if plain is not None:
+        if plain is not None and len(info.shape) < 3:
             shapes[plain] = info.shape
+        elif plain is not None:
+            shapes |= {gguf_import.expert_name(plain, i): info.shape[1:] for i in range(info.shape[0])}
         report.findings += _look_gguf(opened, info)
         opened.release()
     tokens = opened.metadata.get("tokenizer.ggml.tokens")

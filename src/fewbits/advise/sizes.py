@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fewbits.activations import Activations, Inputs
-from fewbits.formats import gguf_blocks, gguf_mixtures, gguf_model, gguf_names
+from fewbits.formats import gguf_blocks, gguf_mixtures, gguf_model, gguf_names, gguf_rope
 from fewbits.formats.fewbits import KINDS
 from fewbits.formats.gguf import Info
 from fewbits.grids import BLOCK_TYPES, Block
@@ -195,10 +195,9 @@ class _Counter:
                 found.append(Stored(name, "embeddings" if name == "token_embd.weight" else "head", p.tensor.nbytes))
             else:
                 found += _split(name, p)
-        if gguf_names.rope_parameters(gguf_names.text(config)).get("rope_type") == "llama3":
-            size = gguf_names.head_size(gguf_names.text(config))
-            found.append(Stored(gguf_model.ROPE_FREQS, "other", 4 * (size // 2)))
-        return found
+        text = gguf_names.text(config)
+        factors = gguf_rope.tensors(text, gguf_names.head_size(text))
+        return found + [Stored(name, "other", t.nbytes) for name, t in factors.items()]
 
 
 def _split(name: str, p: _Piece) -> list[Stored]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fewbits.cli.base import Debug, Json, choice, emit, human, size, stderr
+from fewbits.cli.progress import Progress
 from fewbits.errors import RequestError
 
 
@@ -18,7 +19,7 @@ def command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A .gguf file to make, or a directory.")],
     format: Annotated[
         str | None,
-        typer.Option(help="gguf, transformers (dense), gptq, awq, compressed-tensors, bitsandbytes or fewbits."),
+        typer.Option(help="gguf, transformers (dense), imatrix, gptq, awq, compressed-tensors, bitsandbytes, fewbits."),
     ] = None,
     type: Annotated[
         str | None, typer.Option(help="GGUF: f16, bf16, f32, q8_0, q4_k_m ...; transformers: f16, bf16 or f32.")
@@ -28,6 +29,11 @@ def command(
         bool, typer.Option("--dry-run", help="Of a quantized model: say what would be exact; write nothing.")
     ] = False,
     imatrix: Annotated[Path | None, typer.Option(help="llama.cpp's importance matrix for the searches.")] = None,
+    calibration: Annotated[
+        str, typer.Option(metavar="SPEC", help="imatrix: a text file, or a fetched text: c4, wiki, code.")
+    ] = "c4",
+    samples: Annotated[int, typer.Option(help="imatrix: rows of the text.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="imatrix: tokens per row.")] = 512,
     split: Annotated[str | None, typer.Option(metavar="SIZE", help="Several GGUF files of at most this size.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when it exists.")] = False,
     as_json: Json = False,
@@ -48,19 +54,25 @@ def command(
         fewbits convert model.gguf ./model
 
         fewbits convert ./model-gptq ./model-awq --format awq
+
+        fewbits convert ./smollm2 imatrix.gguf --format imatrix --calibration wiki
+
+    An importance matrix is llama.cpp's, in its old format when OUT ends in .dat; SRC may be one in the other format.
     """
     from fewbits.formats import LAYOUTS
 
     default = "gguf" if out.suffix == ".gguf" else "transformers"
-    wanted = choice(format or default, (*LAYOUTS, "transformers"), "format")
+    wanted = choice(format or default, (*LAYOUTS, "transformers", "imatrix"), "format")
     if out.exists() and not overwrite:
         raise RequestError(f"{out} exists; choose another output, or give --overwrite to replace it")
     stderr(f"converting {src} ...")
-    if dry_run and not quantized(src, wanted):
+    if dry_run and (wanted == "imatrix" or not quantized(src, wanted)):
         raise RequestError(
             f"--dry-run given, but {src} is not quantized; use `fewbits plan {src} --method f16` or another type"
         )
-    if quantized(src, wanted):
+    if wanted == "imatrix":
+        found = to_imatrix(src, out, (calibration, samples, seq_len))
+    elif quantized(src, wanted):
         found = carry_over(src, out, wanted, type, lossy, dry_run)
     else:
         paths, exact = (
@@ -131,8 +143,22 @@ def to_gguf(src: str, out: Path, how: tuple[str, Path | None, int | None]) -> tu
     importance = gguf_imatrix.read(imatrix).mean_squares() if imatrix else None
     checkpoint = Checkpoint.open(folder)
     export = gguf_model.prepare(folder, [checkpoint], kind, importance, title=folder.resolve().name)
-    exact = all(gguf_model.keeps(checkpoint.dtype(i.name), i.info.kind) for i in export.items)
-    return export.write(out, split), exact
+    return export.write(out, split), all(i.exact for i in export.items)
+
+
+def to_imatrix(src: str, out: Path, how: tuple[str, int, int]) -> dict[str, Any]:
+    """Of a model, observed on (text, rows, tokens per row); or a matrix in llama.cpp's other format."""
+    from fewbits.formats import gguf_imatrix
+    from fewbits.pipeline.importance import observe
+
+    if Path(src).is_file():
+        found = gguf_imatrix.read(src)
+    else:
+        with Progress("observing", "block", "blocks") as progress:
+            found = observe(src, *how, on_event=progress)
+    found.write(out)
+    facts = {"out": str(out), "format": "imatrix", "type": "imatrix"}
+    return facts | {"size_bytes": out.stat().st_size, "exact": True}
 
 
 def to_transformers(src: str, out: Path, kind: str) -> tuple[list[Path], bool]:

@@ -7,6 +7,7 @@ anything is written; the second writes.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -391,10 +392,11 @@ class _Gguf:
             if plain is None or not plain.endswith(".weight"):
                 continue
             info = self.file.infos[name]
-            raw = self.file.raw(name).view(info.shape[0], -1)
-            raw = raw if (order := self._order(name, info.shape[0])) is None else raw[order]
-            grid = Block(info.kind)
-            yield plain.removesuffix(".weight"), Quantized(grid, *gguf_blocks.unpack(grid, raw))
+            rows, grid = info.shape[-2], Block(info.kind)
+            for i, raw in enumerate(self.file.raw(name).view(-1, rows, info.nbytes // math.prod(info.shape[:-1]))):
+                one = plain if len(info.shape) < 3 else gguf_import.expert_name(plain, i)
+                raw = raw if (order := self._order(name, rows)) is None else raw[order]
+                yield one.removesuffix(".weight"), Quantized(grid, *gguf_blocks.unpack(grid, raw))
             self.file.release()
 
     def _order(self, name: str, rows: int) -> Tensor | None:
@@ -409,7 +411,7 @@ class _Gguf:
             plain = gguf_import.plain_name(name, self.family)
             if plain is not None and name not in self.packed:
                 w = gguf_import.tensor(self.file, name, self.config, self.family)
-                yield plain, w.to(exact_dtype(w)) if w.ndim > 1 else w
+                yield from gguf_import.spread(plain, w.to(exact_dtype(w)) if w.ndim > 1 else w).items()
 
     def side_files(self, out: Path) -> None:
         with suppress(RequestError):  # a tokenizer of an unknown kind: the weights are what was asked for

@@ -40,8 +40,9 @@ def convert(path: str | Path, out: Path, dtype: torch.dtype = torch.float16) -> 
     for name in file.infos:
         if (target := plain_name(name, family)) is None:
             continue
-        held[target] = tensor(file, name, config, family).to(dtype)
-        size += held[target].nbytes
+        t = tensor(file, name, config, family).to(dtype)
+        held |= spread(target, t)
+        size += t.nbytes
         file.release()
         if size > SHARD:
             parts.append(_part(out, parts, held))
@@ -74,6 +75,17 @@ def plain_name(name: str, f: gguf_names.Family) -> str | None:
     if local is None:
         raise CheckpointError(f"tensor {name[:80]!r} has no place in a {f.name} model")
     return f"{local}.{leaf}" if local == "lm_head" else f"model.{local}.{leaf}"
+
+
+def expert_name(name: str, number: int) -> str:
+    """Transformers' name of one expert's weight, from the name for all of them."""
+    stem, _, local = name.removesuffix(".weight").rpartition(".")
+    return f"{stem}.{number}.{local}.weight"
+
+
+def spread(name: str, t: Tensor) -> dict[str, Tensor]:
+    """A tensor under its name, or what is stacked in it under the names of the experts."""
+    return {name: t} if t.ndim < 3 else {expert_name(name, i): part for i, part in enumerate(t)}
 
 
 def tensor(file: gguf.File, name: str, config: Mapping[str, Any], f: gguf_names.Family) -> Tensor:

@@ -134,6 +134,11 @@ MIXTURES: dict[str, Mixture] = {
 # A fused matrix gets what the most sensitive of its parts would get.
 FUSED = {"attn_qkv": "attn_v"}
 
+# Attention is a small part of a model of eight experts, so it is given more bits.
+EIGHT = {"attn_v": "q8_0", "attn_k": "q8_0", "attn_output": "q5_k"}
+EIGHT_OUTPUT = frozenset({10, 11, 12, 14, 15, 25, 30})
+"""File types of mixtures whose attn_output is; the others' keep the base type."""
+
 # What takes the place of a type whose blocks of 256 do not divide a row.
 FALLBACK = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 FALLBACK |= {"iq4_xs": "iq4_nl", "tq1_0": "q4_0", "tq2_0": "q4_0"}
@@ -163,6 +168,9 @@ def wanted(mix: Mixture, name: str, columns: int, model: Model) -> str:
         return "q8_0" if not whole or mix.base == "q8_0" else "q6_k"
     if role == "token_embd":
         return mix.embedding or mix.base
+    role = role.removesuffix("_exps")
+    if model.experts == 8 and not dense and role in EIGHT:
+        return mix.base if role == "attn_output" and mix.file_type not in EIGHT_OUTPUT else EIGHT[role]
     role, layer = FUSED.get(role, role), int(name.split(".")[1]) if name.startswith("blk.") else 0
     for r in mix.rules:
         if r.role == role and r.layers(layer, model.layers) and r.when(model):

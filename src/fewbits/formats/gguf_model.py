@@ -8,7 +8,6 @@ norms, tied heads left out, vectors in float32.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,24 +19,27 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import CheckpointError, RequestError
-from fewbits.formats import gguf, gguf_blocks, gguf_mixtures, gguf_names, gguf_tokenizer
+from fewbits.formats import gguf, gguf_blocks, gguf_mixtures, gguf_names, gguf_rope, gguf_tokenizer
 from fewbits.formats.gguf import Info
 from fewbits.grids import BLOCK_TYPES, Block
 from fewbits.storage import Checkpoint
 
 PACKED = "ggml_"
 CHUNK = 1 << 22  # weights encoded at a time
-ROPE_FREQS = "rope_freqs.weight"
 Kinds = Callable[[str, tuple[int, ...]], str]
 
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor to write and where it comes from."""
+    """A tensor to write and where it comes from: one tensor, one for each expert, or none for what is computed."""
 
     info: Info
-    checkpoint: Checkpoint
-    name: str
+    sources: tuple[tuple[Checkpoint, str], ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether every weight keeps its value."""
+        return all(keeps(checkpoint.dtype(name), self.info.kind) for checkpoint, name in self.sources)
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,14 @@ class Export:
         items = {i.info.name: i for i in self.items}
 
         def data(info: Info) -> Iterator[Any]:
-            yield from self._data(items[info.name])
-            items[info.name].checkpoint.release()
+            item = items[info.name]
+            if not item.sources:
+                yield _bytes(gguf_rope.tensors(*_rotary(self.config))[info.name])
+            for i, (checkpoint, name) in enumerate(item.sources):
+                importance = self.importance.get(info.name)
+                stacked = importance is not None and importance.ndim == 2
+                yield from self._data(info, checkpoint.tensor(name), name, importance[i] if stacked else importance)
+                checkpoint.release()
 
         paths = []
         for k, infos in enumerate(parts):
@@ -70,14 +78,10 @@ class Export:
             paths.append(target)
         return paths
 
-    def _data(self, item: Item) -> Iterator[Any]:
-        info = item.info
-        if info.name == ROPE_FREQS:
-            yield _bytes(rope_factors(self.config))
-            return
-        t, order = item.checkpoint.tensor(item.name), self._order(info)
+    def _data(self, info: Info, t: Tensor, name: str, importance: Tensor | None) -> Iterator[Any]:
+        order = self._order(info)
         t = t if order is None else t[order]
-        if item.name.rpartition(".")[2].startswith(PACKED):
+        if name.rpartition(".")[2].startswith(PACKED):
             yield _bytes(t)
             return
         rows = t.reshape(-1, t.shape[-1])
@@ -85,7 +89,7 @@ class Export:
         step = max(1, CHUNK // rows.shape[1])
         for a in range(0, len(rows), step):
             w = rows[a : a + step].float()
-            yield _bytes(encode(w + 1 if plus else w, info.kind, self.importance.get(info.name)))
+            yield _bytes(encode(w + 1 if plus else w, info.kind, importance))
 
     def _order(self, info: Info) -> Tensor | None:
         role = info.name.split(".")[2] if info.name.startswith("blk.") else ""
@@ -134,13 +138,12 @@ def prepare(
     mix = gguf_mixtures.mixture(mixture)
     facts = facts_of(config, "output.weight" not in found, bool(importance))
     items = []
-    for name, (checkpoint, source) in found.items():
-        shape, kind = _shape(checkpoint, source)
+    for name, sources in found.items():
+        shape, kind = _shape(name, sources, config)
         kind = kind or (kinds or {}).get(name) or gguf_mixtures.kind_of(mix, name, shape, facts)
-        items.append(Item(Info(name, kind, shape), checkpoint, source))
-    if gguf_names.rope_parameters(gguf_names.text(config)).get("rope_type") == "llama3":
-        size = gguf_names.head_size(gguf_names.text(config)) // 2
-        items.append(Item(Info(ROPE_FREQS, "f32", (size,)), checkpoints[0], ROPE_FREQS))
+        items.append(Item(Info(name, kind, shape), sources))
+    for name, factors in gguf_rope.tensors(*_rotary(config)).items():
+        items.append(Item(Info(name, "f32", tuple(factors.shape))))
     rows = next((i.info.shape[0] for i in items if i.info.name == "token_embd.weight"), 0)
     if not rows:
         raise CheckpointError(f"{folder} holds no embedding; the model is damaged")
@@ -168,7 +171,8 @@ def facts_of(config: Mapping[str, Any], tied: bool, weighted: bool) -> gguf_mixt
     heads = c["num_attention_heads"]
     queries = heads // (c.get("num_key_value_heads") or heads)
     llama = gguf_names.family(c["model_type"]).name == "llama"
-    return gguf_mixtures.Model(c["num_hidden_layers"], queries, tied, weighted, llama=llama)
+    experts = c.get("num_local_experts") or c.get("num_experts") or 0
+    return gguf_mixtures.Model(c["num_hidden_layers"], queries, tied, weighted, llama=llama, experts=experts)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -191,20 +195,35 @@ def module_name(name: str) -> str:
     return f"{module}.weight" if leaf.startswith(PACKED) else name
 
 
-def _names(
-    checkpoints: Sequence[Checkpoint], config: Mapping[str, Any], f: gguf_names.Family
-) -> dict[str, tuple[Checkpoint, str]]:
-    found = {}
+Sources = tuple[tuple[Checkpoint, str], ...]
+
+
+def _names(checkpoints: Sequence[Checkpoint], config: Mapping[str, Any], f: gguf_names.Family) -> dict[str, Sources]:
+    """By GGUF's name where each tensor comes from; experts in the order of their numbers."""
+    found: dict[str, list[tuple[Checkpoint, str]]] = {}
     tied = bool(gguf_names.text(config).get("tie_word_embeddings", f.name == "gemma3"))
     for checkpoint in checkpoints:
         for source in checkpoint.names():
             name = gguf_names.stored_name(module_name(source), f)
             if name is not None and not (tied and name == "output.weight"):
-                found[name] = (checkpoint, source)
-    return found
+                found.setdefault(name, []).append((checkpoint, source))
+    return {k: tuple(sorted(v, key=lambda s: gguf_names.expert(s[1]) or 0)) for k, v in found.items()}
 
 
-def _shape(checkpoint: Checkpoint, name: str) -> tuple[tuple[int, ...], str | None]:
+def _shape(name: str, sources: Sources, config: Mapping[str, Any]) -> tuple[tuple[int, ...], str | None]:
+    """Shape of a tensor, with an axis of experts first where it has one, and its type if it is packed."""
+    (shape, kind), *others = (_one_shape(*s) for s in sources)
+    if not name.endswith("_exps.weight"):
+        return shape, kind
+    c = gguf_names.text(config)
+    count = c.get("num_local_experts") or c.get("num_experts")
+    numbers = [gguf_names.expert(source) for _, source in sources]
+    if numbers != list(range(count or 0)) or any(o != (shape, kind) for o in others):
+        raise RequestError(f"GGUF stores the {count} experts of {name} as one tensor of one type; these are not alike")
+    return (count, *shape), kind
+
+
+def _one_shape(checkpoint: Checkpoint, name: str) -> tuple[tuple[int, ...], str | None]:
     shape, leaf = checkpoint.shape(name), name.rpartition(".")[2]
     if not leaf.startswith(PACKED):
         return shape, None
@@ -225,21 +244,9 @@ def _parts(infos: Sequence[Info], most: int | None) -> list[list[Info]]:
     return parts
 
 
-def rope_factors(config: Mapping[str, Any]) -> Tensor:
-    """What Llama 3 divides its rotary frequencies by, float32 ``[head size / 2]`` (arXiv 2407.21783, released code)."""
+def _rotary(config: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     c = gguf_names.text(config)
-    rope = gguf_names.rope_parameters(c)
-    size = gguf_names.head_size(c)
-    factor, low, high = (
-        float(rope.get(k, d)) for k, d in (("factor", 8), ("low_freq_factor", 1), ("high_freq_factor", 4))
-    )
-    context = float(rope.get("original_max_position_embeddings", 8192))
-    found = []
-    for i in range(size // 2):
-        wavelength = 2 * math.pi * float(rope.get("rope_theta") or 10000.0) ** (2 * i / size)
-        smooth = min(1.0, max(0.0, (context / wavelength - low) / (high - low)))
-        found.append(1 / ((1 - smooth) / factor + smooth))
-    return torch.tensor(found, dtype=torch.float32)
+    return c, gguf_names.head_size(c)
 
 
 def keeps(dtype: torch.dtype, kind: str) -> bool:

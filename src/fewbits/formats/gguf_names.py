@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fewbits.errors import RequestError
+from fewbits.formats import gguf_rope
 
 OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 INSIDE = {
@@ -33,9 +34,20 @@ GEMMA3 = INSIDE | {
 }
 
 
+_FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+EXPERTS = {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"}
+ROUTED = {k: v for k, v in INSIDE.items() if k not in _FFN} | {"mlp.gate": "ffn_gate_inp"}
+ROUTED |= {f"mlp.experts.{k}": v for k, v in EXPERTS.items()}
+MIXTRAL = {k: v for k, v in INSIDE.items() if k not in _FFN} | {"block_sparse_moe.gate": "ffn_gate_inp"}
+MIXTRAL |= {
+    f"block_sparse_moe.experts.{k}": EXPERTS[v]
+    for k, v in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj"))
+}
+
+
 @dataclass(frozen=True)
 class Family:
-    """One architecture of llama.cpp.
+    """One architecture of llama.cpp. Experts are named without their number: all of them are one tensor in GGUF.
 
     ``permute``: rotary pairs are neighbours, not halves, so rows of q and k are reordered. ``one_plus``: a norm's
     weight is stored as ``1 + w``. ``heads``: the head size is written out. ``rope``: the number of rotated dimensions
@@ -54,14 +66,17 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", permute=True, rope=True, vocabulary=True, heads=True),
     "mistral": Family("llama", permute=True, rope=True, vocabulary=True, heads=True),
+    "mixtral": Family("llama", MIXTRAL, permute=True, rope=True, vocabulary=True, heads=True),
     "qwen2": Family("qwen2"),
     "qwen3": Family("qwen3", heads=True),
+    "qwen3_moe": Family("qwen3moe", ROUTED, heads=True),
     "gemma3_text": Family("gemma3", GEMMA3, one_plus=True, heads=True),
     "gemma3": Family("gemma3", GEMMA3, one_plus=True, heads=True),
     "phi3": Family("phi3", PHI3, rope=True),
 }
 NOT_TEXT = re.compile(r"(^|\.)(vision|visual|multi_modal_projector)")
 IN_BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)\.(weight|bias)")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.([^.]+)")
 COMPUTED = re.compile(r".*rotary_emb\.inv_freq")  # old checkpoints hold what the reader computes
 
 
@@ -78,6 +93,7 @@ def stored_name(name: str, f: Family) -> str | None:
         return None
     if inside := IN_BLOCK.fullmatch(name):
         number, local, leaf = inside.groups()
+        local = _EXPERT.sub(r"\1.\3", local)
         if local in f.inside:
             return f"blk.{number}.{f.inside[local]}.{leaf}"
     else:
@@ -85,6 +101,12 @@ def stored_name(name: str, f: Family) -> str | None:
         if module.rpartition(".")[2] in OUTSIDE:
             return f"{OUTSIDE[module.rpartition('.')[2]]}.{leaf}"
     raise RequestError(f"tensor {name!r} has no place in a GGUF file of a {f.name} model")
+
+
+def expert(name: str) -> int | None:
+    """The number of the expert whose weight ``name`` is; None for any other tensor."""
+    found = _EXPERT.search(name)
+    return int(found[2]) if found else None
 
 
 def text(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,14 +138,20 @@ def metadata(config: Mapping[str, Any], f: Family) -> dict[str, Any]:
     if f.heads:
         found |= {f"{a}.attention.key_length": size, f"{a}.attention.value_length": size}
     if f.rope:
-        found[f"{a}.rope.dimension_count"] = int(size * (c.get("partial_rotary_factor") or 1))
+        found[f"{a}.rope.dimension_count"] = gguf_rope.rotated(c, size)
     if f.vocabulary:
         found[f"{a}.vocab_size"] = c["vocab_size"]
     if c.get("sliding_window") and c.get("use_sliding_window", True):
         found[f"{a}.attention.sliding_window"] = c["sliding_window"]
     if a == "gemma3":
         _check_gemma(c)
-    return found | _rope(c, a)
+    if experts := c.get("num_local_experts") or c.get("num_experts"):
+        found |= {f"{a}.expert_count": experts, f"{a}.expert_used_count": c["num_experts_per_tok"]}
+    if a == "qwen3moe":
+        if not c.get("norm_topk_prob"):
+            raise RequestError("GGUF's qwen3moe normalises the weights of chosen experts; this model does not")
+        found[f"{a}.expert_feed_forward_length"] = c["moe_intermediate_size"]
+    return found | gguf_rope.metadata(c, a)
 
 
 def gemma_scalar(layers: int, width: int, heads: int, size: int) -> int:
@@ -140,27 +168,3 @@ def _check_gemma(c: Mapping[str, Any]) -> None:
     scalar = gemma_scalar(c["num_hidden_layers"], c["hidden_size"], c["num_attention_heads"], head_size(c))
     if c.get("query_pre_attn_scalar", scalar) != scalar:
         raise RequestError(f"GGUF's gemma3 has query_pre_attn_scalar {scalar}, this one {c['query_pre_attn_scalar']}")
-
-
-def _rope(c: Mapping[str, Any], a: str) -> dict[str, Any]:
-    rope = rope_parameters(c)
-    found: dict[str, Any] = {f"{a}.rope.freq_base": float(rope.get("rope_theta") or 10000.0)}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("linear", "yarn"):
-        found |= {f"{a}.rope.scaling.type": kind, f"{a}.rope.scaling.factor": float(rope["factor"])}
-        if "original_max_position_embeddings" in rope:
-            found[f"{a}.rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
-    elif kind not in ("default", "llama3", None):
-        raise RequestError(
-            f"rotary embedding of type {kind!r} cannot be written as GGUF; allowed: linear, yarn, llama3"
-        )
-    return found
-
-
-def rope_parameters(c: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings under one roof: transformers 5 keeps them in ``rope_parameters`` (per layer type for Gemma)."""
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-    if isinstance(rope.get("full_attention"), Mapping):
-        rope = dict(rope["full_attention"])
-    rope.setdefault("rope_theta", c.get("rope_theta"))
-    return rope

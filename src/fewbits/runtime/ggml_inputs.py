@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from fewbits.errors import RequestError
 from fewbits.formats import gguf, gguf_import, gguf_names
 
 Q8_0_PARTNERS = frozenset({"q4_0", "q5_0", "q8_0", "iq4_nl", "mxfp4", "nvfp4", "q4_1", "q5_1"})
@@ -47,8 +48,14 @@ def rounded(x: Tensor, kind: str) -> Tensor:
 
 
 def install(model: nn.Module, file: gguf.File) -> None:
-    """Round the inputs of every linear layer of ``model``, which was loaded from ``file``, and keys and values."""
-    family = gguf_names.FAMILIES[gguf_import.config_of(file)["model_type"]]
+    """Round the inputs of every linear layer of ``model``, which was loaded from ``file``, and keys and values.
+
+    Raises RequestError for a model with experts.
+    """
+    config = gguf_import.config_of(file)
+    if "num_experts_per_tok" in config:
+        raise RequestError(f"{file.path} has experts, whose inputs are not rounded here; give another --engine")
+    family = gguf_names.FAMILIES[config["model_type"]]
     kinds = {}
     for name, info in file.infos.items():
         plain = gguf_import.plain_name(name, family)

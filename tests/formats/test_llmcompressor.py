@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, *STATIC])
 def test_every_byte_is_theirs(folder: Path, scheme: str) -> None:
-    """Scales of inputs alone are calibrated: ours behind layers that are quantized already, so they differ by a percent."""
+    """Scales of inputs are calibrated: ours behind layers that are quantized already, so they differ by a percent."""
     save_file({"ids": IDS}, folder / "ids.safetensors")
     how: dict[str, Any] = {"dtype": "float32", "format": "compressed-tensors", "compute": "fp32"}
     how |= {"calibration": folder / "ids.safetensors", "samples": 4, "seq_len": 16}

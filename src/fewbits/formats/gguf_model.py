@@ -63,8 +63,9 @@ class Export:
                 yield _bytes(gguf_rope.tensors(*_rotary(self.config))[info.name])
             for i, (checkpoint, name) in enumerate(item.sources):
                 importance = self.importance.get(info.name)
-                stacked = importance is not None and importance.ndim == 2
-                yield from self._data(info, checkpoint.tensor(name), name, importance[i] if stacked else importance)
+                if importance is not None and importance.ndim == 2:
+                    importance = importance[i]
+                yield from self._data(info, checkpoint.tensor(name), name, importance)
                 checkpoint.release()
 
         paths = []
@@ -216,9 +217,9 @@ def _shape(name: str, sources: Sources, config: Mapping[str, Any]) -> tuple[tupl
     if not name.endswith("_exps.weight"):
         return shape, kind
     c = gguf_names.text(config)
-    count = c.get("num_local_experts") or c.get("num_experts")
+    count = int(c.get("num_local_experts") or c.get("num_experts") or 0)
     numbers = [gguf_names.expert(source) for _, source in sources]
-    if numbers != list(range(count or 0)) or any(o != (shape, kind) for o in others):
+    if numbers != list(range(count)) or any(o != (shape, kind) for o in others):
         raise RequestError(f"GGUF stores the {count} experts of {name} as one tensor of one type; these are not alike")
     return (count, *shape), kind
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewbits import runtime
+from fewbits import quantize, runtime
 from fewbits.errors import CheckpointError, FewbitsError, RequestError
 from fewbits.evaluate import evaluate, hidden
 from tests.tiny import config, tiny_model, tiny_tokenizer
@@ -212,3 +212,14 @@ def test_a_broken_model_is_said(reference: Path, text: Path, tmp_path: Path) -> 
     tiny_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match="not finite"):
         run(tmp_path, text)
+
+
+def test_the_cache_that_a_checkpoint_states_is_evaluated(reference: Path, text: Path, tmp_path: Path) -> None:
+    """Its figures are those of asking for it, and not those of a model without."""
+    out = tmp_path / "out"
+    quantize(reference, out, method="rtn", group_size=16, format="fewbits", kv_cache="int2")
+    at = {kind: evaluate(out, text, 64, 2, kv_cache=kind) for kind in (None, "int2", "none")}
+    assert [at[kind].kv_cache for kind in at] == ["int2", "int2", None]
+    assert at[None].perplexity == at["int2"].perplexity
+    against = evaluate(out, text, 64, 2, reference=reference)
+    assert against.kv_cache == "int2" and against.perplexity == pytest.approx(at[None].perplexity)

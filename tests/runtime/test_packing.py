@@ -33,6 +33,17 @@ def test_packed_and_back(name: str) -> None:
     torch.testing.assert_close(qlinear.dequantize(packed), q.dense(), rtol=2e-7, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "bits", "dtype"),
+    [("mxfp4", 4.5, torch.bfloat16), ("nvfp4", 5, torch.bfloat16), ("nf4", 4.5, torch.float32)],
+)
+def test_scales_are_kept_in_16_bits_where_these_hold_them(name: str, bits: float, dtype: torch.dtype) -> None:
+    """E8M0 and E4M3 are bfloat16 numbers; NVFP4's global number goes into the table."""
+    packed = packing.pack(quantized(HELD[name], (48, 256)))
+    assert packed is not None and packed.scale.dtype == dtype
+    assert packed.nbytes == 48 * 256 * bits / 8
+
+
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("name", HELD)
 def test_products_are_those_of_the_dense_weight(name: str, rows: int) -> None:

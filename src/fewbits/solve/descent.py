@@ -37,6 +37,10 @@ class Descent:
 
     by_columns = True
 
+    def __post_init__(self) -> None:
+        if getattr(self.start, "cross", 0):
+            raise RequestError("coordinate descent would undo the correction of GPTAQ; start from a sweep of cross 0")
+
     @property
     def needs(self) -> frozenset[str]:
         return self.start.needs
@@ -59,7 +63,7 @@ class Descent:
         if bool(dead.all()):
             return q
         H.diagonal().add_(q.meta["damp"] * H.diagonal()[~dead].mean())
-        codes = descend(w, q, H, self.passes)
+        codes = descend(w if q.residual is None else w - q.residual.dense(), q, H, self.passes)
         codes[:, dead] = q.codes[:, dead]
         found = replace(q, codes=codes)
         return replace(found, meta=dict(q.meta) | {"loss": float(loss(found.dense() - w, stats.gram))})

@@ -238,6 +238,30 @@ def test_a_file_that_lies_is_refused_in_one_line_and_at_once(lie, tmp_path):
     assert time.perf_counter() - started < 1 and "\n" not in str(e.value) and len(str(e.value)) < 500 + len(str(path))
 
 
+LARGE = {
+    "llama.block_count": [2**24, 1, 3],
+    "llama.feed_forward_length": [2**30, 95],
+    "llama.attention.head_count": [2**20, 8],
+    "llama.attention.head_count_kv": [4],
+    "llama.attention.key_length": [2**20],
+    "llama.embedding_length": [2**30, 128],
+    "llama.expert_count": [4],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, values in LARGE.items() for v in values])
+def test_a_model_is_as_large_as_its_tensors_whatever_the_metadata_says(key, value, tmp_path):
+    source = tiny_model("llama", tmp_path / "model", vocab_size=300)
+    tiny_tokenizer(source)
+    gguf_model.prepare(source, [Checkpoint.open(source)], "f16").write(tmp_path / "m.gguf")
+    sound = gguf.read(tmp_path / "m.gguf")
+    path = tmp_path / "lie.gguf"
+    lie = sound.metadata | {key: value, "llama.expert_used_count": 1}
+    gguf.write(path, lie, list(sound.infos.values()), lambda i: [sound.raw(i.name).numpy().tobytes()])
+    with pytest.raises(CheckpointError, match=r"the metadata says|the embedding is not|differ in"):
+        gguf_import.config_of(gguf.read(path))
+
+
 @settings(max_examples=200, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_mutated_files_load_or_fail_in_one_line(small, data):

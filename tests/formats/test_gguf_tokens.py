@@ -45,11 +45,11 @@ def lines(count: int, words: list[str]) -> list[str]:
     return found
 
 
-def code() -> list[str]:
-    """A thousand lines of Python, and the same as larger pieces."""
+def code(count: int) -> list[str]:
+    """Lines of Python, and the same as larger pieces."""
     text = inspect.getsource(tokenize) + inspect.getsource(typing)
-    some = text.splitlines(keepends=True)[:1000]
-    return some + ["".join(some[i : i + 50]) for i in range(0, 1000, 50)]
+    some = text.splitlines(keepends=True)[:count]
+    return some + ["".join(some[i : i + 50]) for i in range(0, count, 50)]
 
 
 def agree(reader: Any, tokenizer: Any, texts: list[str]) -> None:
@@ -84,7 +84,7 @@ def trained(folder: Path, name: str) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator(lines(500, LOWER + CASED) + code(), trainer)
+    inner.train_from_iterator(lines(200, LOWER + CASED) + code(300), trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -100,7 +100,7 @@ def test_every_pre_tokenizer(name, tmp_path):
     tokenizer = trained(tmp_path, name)
     path = written(tmp_path, 1000)
     assert gguf.read(path).metadata["tokenizer.ggml.pre"] == name
-    texts = lines(1000, LOWER if name in ASCII_CASE else LOWER + CASED) + code()
+    texts = lines(300, LOWER if name in ASCII_CASE else LOWER + CASED) + code(300)
     texts += ["<s>one</s> two", "</s></s>", "a<s> b"]
     (tmp_path / "back").mkdir()
     gguf_import.write_tokenizer(gguf.read(path), tmp_path / "back")
@@ -118,7 +118,7 @@ def test_a_sentencepiece_vocabulary(tmp_path):
     tokenizer = sentencepiece(tmp_path)
     path = written(tmp_path, len(tokenizer))
     assert gguf.read(path).metadata["tokenizer.ggml.model"] == "llama"
-    texts = [t for t in lines(1000, LOWER + CASED) + code() if t]
+    texts = [t for t in lines(300, LOWER + CASED) + code(300) if t]
     (tmp_path / "back").mkdir()
     gguf_import.write_tokenizer(gguf.read(path), tmp_path / "back")
     with LlamaCpp(path) as reader:
@@ -132,7 +132,9 @@ def sentencepiece(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     trainer = SentencePieceBPETokenizer()
-    trainer.train_from_iterator(lines(300, LOWER + CASED) + code(), 800, show_progress=False, special_tokens=["<unk>"])
+    trainer.train_from_iterator(
+        lines(200, LOWER + CASED) + code(300), 800, show_progress=False, special_tokens=["<unk>"]
+    )
     learned = json.loads(trainer.to_str())["model"]
     order = [a + b for a, b in learned["merges"]]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *order]

@@ -96,3 +96,29 @@ def test_the_plan_says_what_each_weight_becomes_and_gives_the_same_bytes_again(m
     fewbits.quantize(model, tmp_path / "b", recipe=tmp_path / "a" / "fewbits_plan.yaml", format="gguf")
     first, second = (gguf.read(tmp_path / n / "model.gguf") for n in "ab")
     assert all(torch.equal(first.raw(n), second.raw(n)) for n in first.infos)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_become_one_tensor(family, tmp_path):
+    """Each expert's rows in the file are those of its own weight, in the order of their numbers; the router stays."""
+    from fewbits.formats.gguf_model import encode
+    from fewbits.storage import Checkpoint
+
+    sizes = {"mlp_only_layers": []} if family == "qwen3_moe" else {}
+    source = tiny_model(family, tmp_path / "model", vocab_size=300, **sizes)
+    tiny_tokenizer(source)
+    fewbits.quantize(source, tmp_path / "out", method="q4_k_m")
+    file, weights = gguf.read(tmp_path / "out" / "model.gguf"), Checkpoint.open(source)
+    names = (
+        ("block_sparse_moe", "w1", "w2", "w3") if family == "mixtral" else ("mlp", "gate_proj", "down_proj", "up_proj")
+    )
+    for role, local in zip(("gate", "down", "up"), names[1:], strict=True):
+        info = file.infos[f"blk.1.ffn_{role}_exps.weight"]
+        each = [weights.tensor(f"model.layers.1.{names[0]}.experts.{e}.{local}.weight").float() for e in range(4)]
+        assert info.shape == (4, *each[0].shape) and info.kind in ("q5_0", "q8_0")
+        want = torch.cat([encode(w, info.kind).reshape(-1) for w in each])
+        assert torch.equal(file.raw(info.name), want)
+    router = weights.tensor(f"model.layers.1.{names[0]}.gate.weight").float()
+    assert torch.equal(file.tensor("blk.1.ffn_gate_inp.weight"), router)
+    loaded, _ = fewbits.load(tmp_path / "out")
+    assert torch.isfinite(loaded(torch.arange(3, 20)[None]).logits).all()

@@ -97,6 +97,7 @@ def _rope(file: gguf.File, get: Callable[..., Any]) -> dict[str, Any]:
 def _experts(file: gguf.File, get: Callable[..., Any], kind: str) -> dict[str, Any]:
     """What a model with experts has more in its config."""
     count, used = get("expert_count", int), get("expert_used_count", int)
+    own: dict[str, Any]
     if kind == "llama":
         own = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": count}
     elif kind == "qwen3_moe":

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.report.browser import Browser  # noqa: E402
+from tests.report.browser import Browser
 
 
 def main(page: Path, folder: Path) -> None:

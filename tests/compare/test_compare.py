@@ -131,7 +131,7 @@ def test_nothing_is_done_twice(
     monkeypatch.setattr("fewbits.compare.run.Reference", None)
     assert Comparison(str(model), out, asked, setting).run() == found
     regrouped = [Cell("rtn", 3, 16)]
-    with pytest.raises(RequestError, match="rtn-3 in .* has groups of 32, 16 is asked for"):
+    with pytest.raises(RequestError, match=r"rtn-3 in .* has groups of 32, 16 is asked for"):
         Comparison(str(model), out, regrouped, setting).run()
     with pytest.raises(RequestError, match=r"differs in samples.*--overwrite"):
         Comparison(str(model), out, asked, Setting(**(setting.__dict__ | {"samples": 5})))

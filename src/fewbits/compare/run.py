@@ -105,8 +105,8 @@ class Comparison:
             known = self.folder.cell(cell.name)
             if "quantize" in known and known["group_size"] != cell.group_size:
                 raise RequestError(
-                    f"{cell.name} in {self.folder.path} has groups of {known['group_size']}, {cell.group_size} is asked "
-                    "for; choose another --out, or give --overwrite to start again"
+                    f"{cell.name} in {self.folder.path} has groups of {known['group_size']}, {cell.group_size} is "
+                    "asked for; choose another --out, or give --overwrite to start again"
                 )
             if "quantize" in known:
                 continue

@@ -71,10 +71,11 @@ class Comparison:
         tell: Callable[[Event], None] = lambda event: None,
         overwrite: bool = False,
     ):
-        self.src, self.cells, self.setting, self._tell = src, list(cells), setting, tell
+        self.src, self.setting, self._tell = src, setting, tell
         if "text" in setting.domains:
             raise RequestError("--domains names a text 'text', which is what --text is called; choose another name")
         self.contents = {name: texts.read(t) for name, t in setting.texts.items()}
+        self.cells = self._fitting(cells)  # nothing is written for a model that cannot be read
         identity = {"source": str(src)} | {k: v for k, v in asdict(setting).items() if k not in ("speed", "discard")}
         self.identity = identity
         self.folder = Folder(out, identity, overwrite)
@@ -100,7 +101,6 @@ class Comparison:
         """Jobs of the cells that are not quantized yet; what a layout or a method refuses is noted and left out."""
         jobs: dict[str, Job] = {}
         s = self.setting
-        self.cells = self._fitting()
         for cell in self.cells:
             known = self.folder.cell(cell.name)
             if "quantize" in known and known["group_size"] != cell.group_size:
@@ -121,12 +121,12 @@ class Comparison:
             raise RequestError(f"no cell can be made: {self.folder.cell(self.cells[0].name)['refused']}")
         return jobs
 
-    def _fitting(self) -> list[Cell]:
+    def _fitting(self, cells: Sequence[Cell]) -> list[Cell]:
         """The cells with groups that divide the model's widths, and a note where that is not the method's own."""
         columns = sorted({e.shape[1] for e in entries_of(Source.open(self.src))})
-        found = [fitting(c, columns) for c in self.cells]
-        for size in sorted({b.group_size for a, b in zip(self.cells, found, strict=True) if a != b and b.group_size}):
-            names = [b.name for a, b in zip(self.cells, found, strict=True) if a != b and b.group_size == size]
+        found = [fitting(c, columns) for c in cells]
+        for size in sorted({b.group_size for a, b in zip(cells, found, strict=True) if a != b and b.group_size}):
+            names = [b.name for a, b in zip(cells, found, strict=True) if a != b and b.group_size == size]
             message = f"groups of {size} for {', '.join(names)}: their own do not divide widths of {columns}"
             self._tell({"event": "note", "message": message})
         return found

@@ -130,6 +130,9 @@ def test_nothing_is_done_twice(
     monkeypatch.setattr("fewbits.api.quantize", None)
     monkeypatch.setattr("fewbits.compare.run.Reference", None)
     assert Comparison(str(model), out, asked, setting).run() == found
+    regrouped = [Cell("rtn", 3, 16)]
+    with pytest.raises(RequestError, match=r"rtn-3 in .* has groups of 32, 16 is asked for"):
+        Comparison(str(model), out, regrouped, setting).run()
     with pytest.raises(RequestError, match=r"differs in samples.*--overwrite"):
         Comparison(str(model), out, asked, Setting(**(setting.__dict__ | {"samples": 5})))
 
@@ -147,7 +150,7 @@ def test_a_refused_cell_is_a_row_and_no_failure(
     assert "| nf4-gptq | refused |" in (tmp_path / "c" / "table.md").read_text()
 
 
-def test_requests_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_requests_that_cannot_be(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     (tmp_path / "t.txt").write_text("words")
@@ -158,8 +161,10 @@ def test_requests_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--out", str(tmp_path / "c"), "--stream", "both"], "unknown stream 'both'"),
         (["--out", str(tmp_path / "c"), "--bits", "four"], "--bits 'four'"),
     ):
-        assert main(["compare", "somewhere", *argv]) == 2
+        assert main(["compare", str(model), *argv]) == 2
         assert expected in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "gone"), "--out", str(tmp_path / "c"), *text]) == 2
+    assert not (tmp_path / "c").exists()
 
 
 def test_the_histogram_counts_every_prediction() -> None:

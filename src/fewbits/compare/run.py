@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -70,10 +71,11 @@ class Comparison:
         tell: Callable[[Event], None] = lambda event: None,
         overwrite: bool = False,
     ):
-        self.src, self.cells, self.setting, self._tell = src, list(cells), setting, tell
+        self.src, self.setting, self._tell = src, setting, tell
         if "text" in setting.domains:
             raise RequestError("--domains names a text 'text', which is what --text is called; choose another name")
         self.contents = {name: texts.read(t) for name, t in setting.texts.items()}
+        self.cells = self._fitting(cells)  # nothing is written for a model that cannot be read
         identity = {"source": str(src)} | {k: v for k, v in asdict(setting).items() if k not in ("speed", "discard")}
         self.identity = identity
         self.folder = Folder(out, identity, overwrite)
@@ -99,10 +101,13 @@ class Comparison:
         """Jobs of the cells that are not quantized yet; what a layout or a method refuses is noted and left out."""
         jobs: dict[str, Job] = {}
         s = self.setting
-        if any("quantize" not in self.folder.cell(c.name) for c in self.cells):
-            self.cells = self._fitting()
         for cell in self.cells:
             known = self.folder.cell(cell.name)
+            if "quantize" in known and known["group_size"] != cell.group_size:
+                raise RequestError(
+                    f"{cell.name} in {self.folder.path} has groups of {known['group_size']}, {cell.group_size} is "
+                    "asked for; choose another --out, or give --overwrite to start again"
+                )
             if "quantize" in known:
                 continue
             how = {"calibration": s.calibration, "samples": s.samples, "seq_len": s.seq_len, "seed": s.seed}
@@ -116,12 +121,12 @@ class Comparison:
             raise RequestError(f"no cell can be made: {self.folder.cell(self.cells[0].name)['refused']}")
         return jobs
 
-    def _fitting(self) -> list[Cell]:
+    def _fitting(self, cells: Sequence[Cell]) -> list[Cell]:
         """The cells with groups that divide the model's widths, and a note where that is not the method's own."""
         columns = sorted({e.shape[1] for e in entries_of(Source.open(self.src))})
-        found = [fitting(c, columns) for c in self.cells]
-        for size in sorted({b.group_size for a, b in zip(self.cells, found, strict=True) if a != b and b.group_size}):
-            names = [b.name for a, b in zip(self.cells, found, strict=True) if a != b and b.group_size == size]
+        found = [fitting(c, columns) for c in cells]
+        for size in sorted({b.group_size for a, b in zip(cells, found, strict=True) if a != b and b.group_size}):
+            names = [b.name for a, b in zip(cells, found, strict=True) if a != b and b.group_size == size]
             message = f"groups of {size} for {', '.join(names)}: their own do not divide widths of {columns}"
             self._tell({"event": "note", "message": message})
         return found
@@ -206,12 +211,14 @@ class Comparison:
                     "bits_per_weight": facts and facts.bits_per_weight,
                     "format": "dense",
                 }
-                own["eval"] = {n: self._summary(self.src, n, x) for n, x in reference.losses().items()}
+                began = time.perf_counter()
+                own["eval"] = self._summaries(self.src, reference.losses(), began)
                 self.folder.update(REFERENCE, **own)
             for name in todo:
                 self.folder.tell({"event": "score", "cell": name, "rss": resident()})
+                began = time.perf_counter()
                 scores = reference.compare(self.folder.checkpoint(name))
-                found = {n: self._summary(str(self.folder.checkpoint(name)), n, x) for n, x in scores.items()}
+                found = self._summaries(str(self.folder.checkpoint(name)), scores, began)
                 main = scores["text"]
                 self.folder.update(
                     name,
@@ -220,10 +227,12 @@ class Comparison:
                     worst_tokens=figures.worst(main, reference.ids["text"], reference.tokenizer),
                 )
 
-    def _summary(self, model: str, name: str, scores: Any) -> dict[str, Any]:
+    def _summaries(self, model: str, scores: Mapping[str, Any], began: float) -> dict[str, Any]:
+        """The JSON of ``fewbits eval`` for each text; ``seconds`` are those of all texts."""
         s = self.setting
-        facts = {"model": model, "reference": self.src, "text": s.texts[name], "ctx": s.ctx, "windows": s.windows}
-        return summary(scores, facts | {"seconds": 0.0}).to_json()
+        facts = {"model": model, "reference": self.src, "ctx": s.ctx, "windows": s.windows}
+        facts["seconds"] = time.perf_counter() - began
+        return {n: summary(x, facts | {"text": s.texts[n]}).to_json() for n, x in scores.items()}
 
     def _look(self) -> None:
         """How weights and inputs of the original are distributed, for the page."""

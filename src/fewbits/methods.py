@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from fewbits.activations import PRESETS, Activations
 from fewbits.errors import RequestError
-from fewbits.grids import NAMED_GRIDS, Grid, Int, clip_ratios
+from fewbits.grids import NAMED_GRIDS, Bilevel, Grid, Int, clip_ratios
 from fewbits.plan import Plan, Recipe, Rule
 from fewbits.solve import Exact, Nearest, Solver, Sweep
+from fewbits.split import Outliers, Split
 from fewbits.transform import Awq, Smooth, Transform
 
 T = TypeVar("T")
@@ -34,6 +35,7 @@ class Method:
     transforms: tuple[Transform, ...] = ()
     activations: Activations | None = None
     format: str = "compressed-tensors"
+    split: Split | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -45,6 +47,18 @@ METHODS: dict[str, Method] = {
         Sweep(order="activation", static=True),
     ),
     "gptq-paper": Method("error feedback as published: minmax groups fitted on the way", Int(4, 128), Sweep()),
+    "gptaq": Method(
+        "GPTQ that also takes back what the layers before have lost (GPTQ-v2)",
+        Int(4, 128, ratios=CLIP),
+        Sweep(order="activation", static=True, cross=0.25),
+    ),
+    "spqr": Method(
+        "error feedback in tiny groups with 3-bit scales; the dearest weights kept beside them (SpQR)",
+        Bilevel(3, 16),
+        Sweep(damp=1.0, order="activation", static=True),
+        format="fewbits",
+        split=Outliers(0.2),
+    ),
     "awq": Method(
         "activation-aware scales, clipping searched, nearest", Int(4, 128, ratios=CLIP), Nearest(True), (Awq(),)
     ),
@@ -126,7 +140,7 @@ def plan(
     given = {"bits": bits, "group": group_size, "symmetric": symmetric}
     chosen = m.grid if grid is None else searched(named(grid), m.grid) if isinstance(grid, str) else grid
     chosen = altered(chosen, {k: v for k, v in given.items() if v is not None}, f"method {name!r}", grid)
-    rules = (Rule("*", Recipe(chosen, m.solver, m.activations)),)
+    rules = (Rule("*", Recipe(chosen, m.solver, m.activations, m.split)),)
     return Plan(method=name, rules=rules, transforms=m.transforms, **rest)  # type: ignore[arg-type]
 
 

@@ -19,28 +19,33 @@ from pydantic import TypeAdapter, ValidationError
 
 from fewbits.activations import Activations, preset
 from fewbits.errors import RequestError
-from fewbits.grids import Block, Float, Grid, Int, Int16, Table, Vectorwise
+from fewbits.grids import Bilevel, Block, Float, Grid, Int, Int16, Table, Vectorwise
 from fewbits.grids.uniform import SCALE_DTYPES
 from fewbits.solve import Descent, Exact, Nearest, Search, Solver, Sweep
+from fewbits.split import Largest, Outliers, Split
+from fewbits.tensor import Sparse
 from fewbits.transform import Awq, Smooth, Transform
 
 KINDS: dict[str, type] = {"int": Int, "float": Float, "nearest": Nearest, "sweep": Sweep, "exact": Exact, "awq": Awq}
 KINDS |= {"int16": Int16}
 KINDS |= {"table": Table, "vectorwise": Vectorwise, "block": Block, "search": Search, "smooth": Smooth}
 KINDS |= {"descent": Descent}
+KINDS |= {"bilevel": Bilevel, "outliers": Outliers, "largest": Largest}
 KV_CACHES = ("int8", "int4", "int2", "fp8")
 STREAMS = ("quantized", "original")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one weight is quantized: the numbers (``grid``), how codes are chosen (``solver``), and what becomes of the
-    layer's inputs (``activations``; None leaves them as they are).
+    """How one weight is quantized: the numbers (``grid``), how codes are chosen (``solver``), what becomes of the
+    layer's inputs (``activations``; None leaves them as they are), and which single weights stay off the grid
+    (``split``).
     """
 
     grid: Grid
     solver: Solver
     activations: Activations | None = None
+    split: Split | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -49,6 +54,13 @@ class Recipe:
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
         """Why the solver cannot work on the grid for a weight ``(out, in)``, known before any work; None if it can."""
+        if self.split is not None:
+            if not getattr(self.solver, "splits", False):
+                return (
+                    f"the solver {type(self.solver).__name__.lower()} keeps no single weights; take sweep, or no split"
+                )
+            if shape[1] > Sparse.WIDEST:
+                return f"single weights are kept in layers of up to {Sparse.WIDEST} inputs, this has {shape[1]}"
         inseparable = getattr(self.grid, "inseparable", None)
         return inseparable(shape) if inseparable and getattr(self.solver, "by_columns", False) else None
 
@@ -99,6 +111,8 @@ class Plan:
                 "stream 'original' given, but quantized inputs need statistics of what each layer really reads; "
                 "leave it at 'quantized'"
             )
+        if self.stream == "original" and any(r.recipe and "cross" in r.recipe.needs for r in self.rules):
+            raise RequestError("stream 'original' given, but GPTAQ compares both streams; leave it at 'quantized'")
 
     def assign(self, names: Sequence[str]) -> dict[str, Recipe | None]:
         """The recipe of each weight. Raises RequestError for a weight without rule or a rule that matches nothing."""
@@ -203,9 +217,10 @@ def _build(cls: type, fields: dict[str, Any], kind: str) -> Any:
 def _recipe(data: Any) -> Recipe | None:
     if data is None:
         return None
-    if unknown := sorted(set(data) - {"grid", "solver", "activations"}):
-        raise RequestError(f"a recipe has no {unknown[0]!r}; allowed: grid, solver, activations")
-    return Recipe(from_data(data["grid"]), from_data(data["solver"]), _activations(data.get("activations")))
+    if unknown := sorted(set(data) - {"grid", "solver", "activations", "split"}):
+        raise RequestError(f"a recipe has no {unknown[0]!r}; allowed: grid, solver, activations, split")
+    split = None if data.get("split") is None else from_data(data["split"])
+    return Recipe(from_data(data["grid"]), from_data(data["solver"]), _activations(data.get("activations")), split)
 
 
 def _activations(data: Any) -> Activations | None:

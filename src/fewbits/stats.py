@@ -22,7 +22,8 @@ from fewbits.errors import RequestError
 class Stats:
     """Sums over ``count`` tokens, float32: ``gram [in, in]``; ``abssum [in]`` and ``absmax [in]`` unless left out.
 
-    ``histogram`` int64 ``[BINS]`` counts magnitudes over all channels, when it was asked for.
+    ``histogram`` int64 ``[BINS]`` counts magnitudes over all channels, when it was asked for. ``cross [in, in]`` is
+    ``Σ (x̃_t - x_t) x_tᵀ``, with ``x̃`` the inputs of the same layer in the original model (GPTAQ); not symmetric.
     """
 
     gram: Tensor
@@ -30,23 +31,38 @@ class Stats:
     absmax: Tensor | None
     count: int = 0
     histogram: Tensor | None = None
+    cross: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What solvers made of these sums, for the next layer with the same inputs; forgotten when the sums change."""
 
     @classmethod
     def empty(cls, columns: int, needs: frozenset[str] = frozenset({"gram", "abs"})) -> Stats:
-        """Nothing observed yet. The gram matrix is always gathered; "abs" and "histogram" only when in ``needs``."""
+        """Nothing observed yet. The gram matrix is always gathered; "abs", "histogram", "cross" when in ``needs``."""
         magnitudes = "abs" in needs
         return cls(
             torch.zeros(columns, columns),
             torch.zeros(columns) if magnitudes else None,
             torch.zeros(columns) if magnitudes else None,
             histogram=torch.zeros(BINS, dtype=torch.int64) if "histogram" in needs else None,
+            cross=torch.zeros(columns, columns) if "cross" in needs else None,
         )
 
-    def update(self, x: Tensor, gram_: Callable[[Tensor, Tensor], None] = kernels.gram_) -> None:
+    def update(
+        self, x: Tensor, gram_: Callable[[Tensor, Tensor], None] = kernels.gram_, original: Tensor | None = None
+    ) -> None:
         """Add a batch ``x [..., in]``, in place. ``gram_(G, x)`` does ``G += x^T x``; the default one multiplies
-        bfloat16 exactly and sums in float32."""
+        bfloat16 exactly and sums in float32.
+
+        ``original`` of the shape of ``x``, token for token: what the layer sees in the original model. Raises
+        RequestError when "cross" is gathered and it is not given.
+        """
+        if self.cross is not None:
+            if original is None or original.shape != x.shape:
+                raise RequestError(
+                    "cross statistics pair each token with the same one in the original model; give both"
+                )
+            change = (original.float() - x.float()).to(x.dtype)
+            kernels.cross_(self.cross, change.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
         x = x.reshape(-1, x.shape[-1])
         self.memo.clear()
         gram_(self.gram, x)
@@ -68,6 +84,7 @@ class Stats:
             both(torch.maximum, self.absmax, other.absmax),
             self.count + other.count,
             both(torch.add, self.histogram, other.histogram),
+            both(torch.add, self.cross, other.cross),
         )
 
     @property
@@ -88,7 +105,9 @@ class Stats:
         """
         a = s.abs()
         abssum, absmax = (None if t is None else t * a for t in (self.abssum, self.absmax))
-        return Stats(self.gram * s[:, None] * s, abssum, absmax, self.count)
+        gram, cross = (None if t is None else t * s[:, None] * s for t in (self.gram, self.cross))
+        assert gram is not None
+        return Stats(gram, abssum, absmax, self.count, cross=cross)
 
 
 def loss(error: Tensor, gram: Tensor) -> Tensor:

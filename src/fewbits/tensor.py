@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from fewbits.activations import Inputs
@@ -20,6 +21,61 @@ class Residual(Protocol):
     def cost(self) -> float:
         """Bits that it takes in all."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """Single weights beside the codes, by rows (CSR), of a weight ``(out, in)`` with at most 65536 columns.
+
+    ``offsets`` int32 ``[out + 1]``: row ``r`` has the entries ``offsets[r] .. offsets[r + 1] - 1``; ``columns`` int32
+    ``[entries]``, rising within a row; ``values`` float16 ``[entries]``: what is *added* to the decoded codes there.
+    """
+
+    offsets: Tensor
+    columns: Tensor
+    values: Tensor
+    shape: tuple[int, int]
+
+    ENTRY: ClassVar[int] = 32  # bits: a float16 and a 16-bit column
+    OFFSET: ClassVar[int] = 32  # bits: where a row begins
+    WIDEST: ClassVar[int] = 1 << 16
+
+    @classmethod
+    def of(cls, w: Tensor) -> Sparse | None:
+        """The entries of ``w [out, in]`` that are not zero once rounded to float16; None when there are none."""
+        half = w.to(torch.float16)
+        where = half.nonzero()
+        if not len(where):
+            return None
+        offsets = torch.zeros(len(w) + 1, dtype=torch.int32, device=w.device)
+        offsets[1:] = torch.bincount(where[:, 0], minlength=len(w)).cumsum(0)
+        shape = (int(w.shape[0]), int(w.shape[1]))
+        return cls(offsets, where[:, 1].int(), half[where[:, 0], where[:, 1]], shape)
+
+    def dense(self) -> Tensor:
+        """float32 ``[out, in]``."""
+        return self.rows(0, self.shape[0])
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        """Rows ``begin`` to ``end``, float32."""
+        offsets = self.offsets[begin : end + 1]
+        entries = slice(int(offsets[0]), int(offsets[-1]))
+        found = torch.zeros(end - begin, self.shape[1], device=self.values.device)
+        place = torch.repeat_interleave(offsets.diff().long()), self.columns[entries].long()
+        found[place] = self.values[entries].float()
+        return found
+
+    def cost(self) -> float:
+        """Bits in all."""
+        return float(self.ENTRY * len(self.values) + self.OFFSET * len(self.offsets))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return sum(t.numel() * t.element_size() for t in (self.offsets, self.columns, self.values))
+
+    def to(self, device: torch.device | str) -> Sparse:
+        return Sparse(self.offsets.to(device), self.columns.to(device), self.values.to(device), self.shape)
 
 
 @dataclass(frozen=True)

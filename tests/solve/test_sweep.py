@@ -9,6 +9,7 @@ import torch
 from fewbits.errors import FewbitsError, RequestError
 from fewbits.grids import Int, clip_ratios
 from fewbits.solve import Exact, Nearest, Sweep
+from fewbits.solve.rounding import Plain
 from fewbits.solve.sweep import inverse_factor, sweep
 from fewbits.stats import Stats
 
@@ -182,7 +183,7 @@ def test_expected_loss_on_an_unbounded_grid():
     w = torch.randn(2000, 64, dtype=torch.float64) * 3
     grid = Fixed(8, -1, scale="float32")
     p = grid.fit(w)
-    codes, _ = sweep(w, U, grid, p, torch.zeros(64, dtype=torch.int64))
+    codes, _ = sweep(w, U, Plain(grid), p, torch.zeros(64, dtype=torch.int64))
     d = grid.decode(codes, p).double() - w
     inverse = U.T @ U
     rows = ((d @ torch.linalg.inv(inverse)) * d).sum(1)

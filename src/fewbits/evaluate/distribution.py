@@ -57,7 +57,7 @@ def study(
                 name = ", ".join(dict.fromkeys(kind(n) for n in stages[stage]))
                 channels.append({"block": i, "kind": name} | _add(inputs, name, x))
 
-        def wait(stage: int, x: Tensor, waiting: list[Tensor] = waiting) -> None:
+        def wait(stage: int, batch: int, x: Tensor, waiting: list[Tensor] = waiting) -> None:
             waiting.append(x)
 
         forwards = [lambda b=b: forward(b) for b in range(len(acts))]

@@ -133,7 +133,7 @@ def _block(source: Source, i: int, acts: Acts, sigmas: float) -> list[Inputs]:
             waiting.clear()
 
     forwards = [lambda b=b: forward(b) for b in range(len(acts))]
-    for b, out in run(block, stages, forwards, lambda stage, x: waiting.append(x), solve):
+    for b, out in run(block, stages, forwards, lambda stage, b, x: waiting.append(x), solve):
         acts[b] = out
     return found
 

@@ -7,9 +7,10 @@ int32 words, one continuous bitstream per row, least significant first: ``[out, 
 ``quantization_config``: ``{"quant_method": "fewbits", "fewbits_version": 1, "groups": [{"grid": {"type": "Int", ...},
 "modules": {name: [out, in]}}]}``; a group whose layers quantize their inputs has ``"activations"`` too, and its
 modules ``<module>.input_scale`` float32 ``[1]`` when that scale is static. Shapes
-stand there, so that a model can be built before a tensor is read.
+stand there, so that a model can be built before a tensor is read. Single weights beside the codes are two more tensors
+(``sparse.py``).
 
-A new grid is one more :class:`Kind` in ``KINDS``; a residual will be one more group of tensors.
+A new grid is one more :class:`Kind` in ``KINDS``.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from torch import Tensor
 
 from fewbits.activations import Activations
 from fewbits.errors import CheckpointError, RequestError
-from fewbits.formats import bitpack, common, inputs
+from fewbits.formats import bitpack, common, inputs, sparse
 from fewbits.formats.base import Entry, Refusal
-from fewbits.grids import Float, Grid, Int, Int16, Table, Vectorwise, groups_of
+from fewbits.grids import Bilevel, Float, Grid, Int, Int16, Table, Vectorwise, groups_of
 from fewbits.grids.double import BLOCK
-from fewbits.tensor import Quantized
+from fewbits.tensor import Quantized, Sparse
 
 VERSION = 1
 
@@ -89,6 +90,18 @@ def _int16_params(g: Int16, shape: tuple[int, int]) -> dict[str, Spec]:
     return found | {"g_idx": Spec((shape[1],), torch.int32, optional=True)}
 
 
+def _bilevel_params(g: Bilevel, shape: tuple[int, int]) -> dict[str, Spec]:
+    groups = groups_of(shape[1], g.group)
+    found = {"g_idx": Spec((shape[1],), torch.int32, optional=True)}
+    if g.nested == 0:
+        return found | {key: Spec((shape[0], groups), torch.float32) for key in ("scale", "zero")}
+    for key in ("scale", "zero"):
+        found[f"{key}_code"] = Spec((shape[0], groups), torch.uint8, g.nested)
+        shared = Spec((-(-shape[0] // g.rows), groups), torch.float16)
+        found |= {f"{key}_base": shared, f"{key}_step": shared}
+    return found
+
+
 def _no_reasons(g: Grid, shape: tuple[int, int]) -> Iterator[str]:
     yield from ()
 
@@ -102,6 +115,7 @@ KINDS: dict[str, Kind] = {
     ),
     "Table": Kind(Table, ("codebook", "group", "nested"), lambda g: g.bits, _table_params, _no_reasons),
     "Int16": Kind(Int16, ("group",), lambda g: g.bits, _int16_params, _no_reasons),
+    "Bilevel": Kind(Bilevel, ("bits", "group", "nested", "rows"), lambda g: g.bits, _bilevel_params, _no_reasons),
     "Vectorwise": Kind(Vectorwise, (), lambda g: g.bits, _vectorwise_params, _no_reasons),
 }
 
@@ -119,6 +133,8 @@ class Fewbits:
     scale_dtype: ClassVar[str | None] = "float16"
     suffixes: ClassVar[frozenset[str]] = frozenset(
         {"codes", "scale", "zero", "g_idx", "global", "absmax", "nested", "offset", "input_scale"}
+        | {f"{key}_{part}" for key in ("scale", "zero") for part in ("code", "base", "step")}
+        | sparse.SUFFIXES
     )
 
     def __post_init__(self) -> None:
@@ -152,7 +168,8 @@ class Fewbits:
             found[f"{name}.{key}"] = p.contiguous() if spec.bits is None else bitpack.pack(p.reshape(-1), spec.bits)
         if extra := set(q.params) - set(specs):
             raise RequestError(f"{name}: format fewbits does not know the parameters {', '.join(sorted(extra))}")
-        return found | inputs.scale_of(name, q.inputs)
+        kept = sparse.pack(name, q.residual if isinstance(q.residual, Sparse) else None)
+        return found | kept | inputs.scale_of(name, q.inputs)
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor]) -> Quantized:
         grid, shape = self.find(name)
@@ -166,7 +183,8 @@ class Fewbits:
         if "g_idx" in params:
             params |= {"g_idx": _checked(name, params["g_idx"], groups_of(shape[1], grid.period))}
         taken = inputs.input_scale(name, tensors, self._inputs.get(name))  # type: ignore[attr-defined]
-        return Quantized(grid, bitpack.unpack(packed, bits, count), params, inputs=taken)
+        kept = sparse.unpack(name, tensors, shape)
+        return Quantized(grid, bitpack.unpack(packed, bits, count), params, kept, inputs=taken)
 
     def find(self, name: str) -> tuple[Any, tuple[int, int]]:
         """Grid and shape of a module. Raises CheckpointError when the configuration does not have it."""
@@ -205,7 +223,7 @@ class Fewbits:
 
 
 def _reasons(e: Entry) -> Iterator[str]:
-    if e.residual is not None:
+    if e.residual not in (None, Sparse.__name__):
         yield f"version {VERSION} of it has no place for a {e.residual} part beside the codes"
     kind = KINDS.get(type(e.grid).__name__)
     if kind is None:

@@ -1,6 +1,7 @@
 """Grids: the numbers that a weight may become."""
 
 from fewbits.grids.base import Grid, Params, group_index, groups_of, spread, tied
+from fewbits.grids.bilevel import Bilevel
 from fewbits.grids.kquant import TYPES as BLOCK_TYPES
 from fewbits.grids.kquant import Block
 from fewbits.grids.minifloat import Float
@@ -13,6 +14,7 @@ from fewbits.grids.wide import Int16
 __all__ = [
     "BLOCK_TYPES",
     "NAMED_GRIDS",
+    "Bilevel",
     "Block",
     "Float",
     "Grid",

@@ -28,7 +28,18 @@ from fewbits.kernels._table import (
     threads,
 )
 
-__all__ = ["Choice", "fit_affine", "gram_", "info", "level", "multiplies_bf16", "one_thread", "schemas", "sweep_block_"]
+__all__ = [
+    "Choice",
+    "cross_",
+    "fit_affine",
+    "gram_",
+    "info",
+    "level",
+    "multiplies_bf16",
+    "one_thread",
+    "schemas",
+    "sweep_block_",
+]
 
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_CANDIDATES, MAX_BLOCK = 1024, 256
@@ -43,6 +54,7 @@ def _gram_uses(level: str) -> str:
 
 
 register("gram_", "(G: f32[n,n], x: bf16|f32[T,n]) -> None, G += x^T x", _gram_uses)
+register("cross_", "(C: f32[n,n], y: bf16|f32[T,n], x: like y) -> None, C += y^T x", _gram_uses)
 register(
     "fit_affine",
     "(w: f32[R,C], group, qmax, symmetric, ratios: f32[K,2], importance: f32[C]|None, scale_dtype, norm)"
@@ -90,6 +102,32 @@ def gram_(G: Tensor, x: Tensor) -> None:
     x = x.detach() if x.dtype in (torch.float32, torch.bfloat16) else x.detach().float()
     x = x if x.stride(1) == 1 else x.contiguous()
     C.gram(G.data_ptr(), x.data_ptr(), len(x), n, x.stride(0), x.dtype == torch.bfloat16, threads())
+
+
+def cross_(C_: Tensor, y: Tensor, x: Tensor) -> None:
+    """``C_ += y^T x`` in place, not symmetric; ``C_`` float32 ``[n, n]``, ``y`` and ``x`` ``[T, n]`` of one dtype.
+
+    Summed as :func:`gram_` sums. Raises RequestError on wrong shapes or dtypes.
+    """
+    n = C_.shape[-1]
+    require(
+        C_.dtype == torch.float32 and C_.shape == (n, n) and x.ndim == 2 and x.shape[1] == n and x.is_floating_point(),
+        f"cross_ needs C float32[n, n] and x floating[T, n]; got {shape(C_)} and {shape(x)}",
+    )
+    require(
+        y.shape == x.shape and y.dtype == x.dtype and y.device == x.device == C_.device,
+        f"cross_ needs y like x; got {shape(y)} and {shape(x)}",
+    )
+    if not native(C_, x) or not C_.is_contiguous():
+        reference.cross_(C_, y, x)
+        return
+    if x.numel() == 0:
+        return
+    wide = x.dtype not in (torch.float32, torch.bfloat16)
+    y, x = (t.detach().float() if wide else t.detach() for t in (y, x))
+    y, x = (t if t.stride(1) == 1 else t.contiguous() for t in (y, x))
+    addresses = (C_.data_ptr(), y.data_ptr(), x.data_ptr())
+    C.cross(*addresses, len(x), n, y.stride(0), x.stride(0), x.dtype == torch.bfloat16, threads())
 
 
 def fit_affine(

@@ -17,6 +17,11 @@ def gram_(G: Tensor, x: Tensor) -> None:
     G += update.triu() + update.triu(1).T
 
 
+def cross_(C: Tensor, y: Tensor, x: Tensor) -> None:
+    """``C += y^T x``, summed in float32."""
+    C += y.float().T @ x.float()
+
+
 def store_scale(s: Tensor, dtype: torch.dtype) -> Tensor:
     """``s`` rounded to ``dtype``, ties to even, kept finite and positive; float32."""
     return s.to(dtype).float().clamp(SMALLEST[dtype], torch.finfo(dtype).max)

@@ -16,16 +16,25 @@ class Acts:
 
     A batch is about 4096 tokens whatever the machine, so that the order of every sum, hence every byte of the result,
     depends on the plan alone. Above ``budget`` bytes the store is a file in ``folder`` that the system pages in and
-    out.
+    out. ``original``, where a statistic wants it, holds the same rows as the original model's blocks leave them.
     """
 
-    def __init__(self, rows: int, tokens: int, width: int, budget: int | None = None, folder: Path | None = None):
+    def __init__(
+        self,
+        rows: int,
+        tokens: int,
+        width: int,
+        budget: int | None = None,
+        folder: Path | None = None,
+        file: str = "acts.bin",
+    ):
         self.rows, self.tokens, self.width = rows, tokens, width
+        self.original: Acts | None = None
         self.per_batch = max(1, TOKENS_PER_BATCH // tokens)
         self.spilled = budget is not None and folder is not None and self.nbytes > budget
         if self.spilled and folder is not None:
             n = rows * tokens * width
-            store = torch.from_file(str(folder / "acts.bin"), shared=True, size=n, dtype=torch.float32)
+            store = torch.from_file(str(folder / file), shared=True, size=n, dtype=torch.float32)
             self._store = store.view(rows, tokens, width)
         else:
             self._store = torch.empty(rows, tokens, width)

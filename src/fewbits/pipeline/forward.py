@@ -6,6 +6,8 @@ yet solved it hands over its input and sleeps. When every batch has arrived, the
 and all go on. Every linear layer runs once, with its quantized weight. The price is that the activations of all
 batches inside one block stay in memory; where they do not fit, ``waiting=False`` runs the block again for each stage
 instead, with the same result.
+
+:class:`Beside` runs a second block through the same rows in step with that, for statistics that compare the two.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
 
 Forward = Callable[[], Tensor]
-Observe = Callable[[int, Tensor], None]
+Observe = Callable[[int, int, Tensor], None]
 Solve = Callable[[int], None]
 Cut = Callable[[int, Tensor], Tensor]
 
@@ -67,8 +69,9 @@ def run(
 
     ``cut(batch, x)`` takes padding off what is observed and what is yielded.
 
-    ``observe(stage, x)`` gets the input of each stage for each batch, in batch order; ``solve(stage)`` is called once
-    per stage, in order, when every batch that reaches it has been observed, and must leave the weights to go on with.
+    ``observe(stage, batch, x)`` gets the input of each stage for each batch, in batch order; ``solve(stage)`` is called
+    once per stage, in order, when every batch that reaches it has been observed, and must leave the weights to go on
+    with.
     """
     turnstile = Turnstile(block, stages)
     with turnstile.hooked():
@@ -92,7 +95,7 @@ def _wait(
                     yield b, cut(b, result)
                 else:
                     at[b] = result[0]
-                    observe(result[0], cut(b, result[1]))
+                    observe(result[0], b, cut(b, result[1]))
             if stage < len(gate.stages):
                 solve(stage)
                 gate.open.add(stage)
@@ -115,9 +118,58 @@ def _repeat(
             while not g.dead and result[0] != stage:
                 result = g.switch()
             if not g.dead:
-                observe(result[0], cut(b, result[1]))
+                observe(result[0], b, cut(b, result[1]))
                 g.throw(GreenletExit)
         solve(stage)
         gate.open.add(stage)
     for b, forward in enumerate(forwards):
         yield b, cut(b, forward())
+
+
+class Beside:
+    """Another block that keeps step: what each of its stages sees, asked for one stage and batch at a time.
+
+    Every batch must reach every stage (no routed experts). ``waiting`` and ``cut`` as in :func:`run`.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        stages: Sequence[Sequence[str]],
+        forwards: Sequence[Forward],
+        waiting: bool = True,
+        cut: Cut = lambda batch, x: x,
+    ):
+        self.gate, self.forwards, self.waiting, self.cut = Turnstile(block, stages), forwards, waiting, cut
+        self.runs: dict[int, greenlet] = {}
+
+    @contextmanager
+    def running(self) -> Iterator[Beside]:
+        """Stops at the stages while this is entered."""
+        with self.gate.hooked():
+            try:
+                yield self
+            finally:
+                for g in self.runs.values():
+                    g.throw(GreenletExit)
+
+    def seen(self, stage: int, batch: int) -> Tensor:
+        """The input of ``stage``; each batch is asked for stages in rising order."""
+        g = self.runs.pop(batch, None) or greenlet(self.forwards[batch])
+        at, x = g.switch()
+        while at != stage:
+            at, x = g.switch()
+        if self.waiting:
+            self.runs[batch] = g
+        else:
+            g.throw(GreenletExit)
+        return self.cut(batch, x)
+
+    def outputs(self) -> Iterator[tuple[int, Tensor]]:
+        """``(batch, output)`` of the block."""
+        for b, forward in enumerate(self.forwards):
+            g = self.runs.pop(b, None) or greenlet(forward)
+            result = g.switch()
+            while not g.dead:
+                result = g.switch()
+            yield b, self.cut(b, result)

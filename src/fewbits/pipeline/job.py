@@ -81,6 +81,11 @@ class Job:
         for e in entries:
             if (recipe := recipes[e.name]) is not None and (reason := recipe.refusal(e.shape)):
                 raise RequestError(f"{e.name}: {reason}")
+            if recipe is not None and "cross" in recipe.needs and ".experts." in e.name:
+                raise RequestError(
+                    f"{e.name}: routed experts see other tokens than in the original model, so GPTAQ has no pairs to "
+                    "learn from; use --method gptq, or a rule for them"
+                )
         layout = formats.writer(plan.format, entries, plan.dtype)
         return cls(source, plan, recipes, layout, **rest)
 
@@ -129,8 +134,8 @@ class Job:
         head = self._quantize_head(work, lane.walk, acts) if self.recipes.get(self.source.head_name) else None
         kl = lane.probe.finish(head) if lane.probe else None
         parts = self._outside(work)
-        bpw = self._bits_per_weight()
         events = work.events([p for p in parts if not p.startswith("outside-")])
+        bpw = bits_per_weight(events)
         files = self._files(bpw, kl, events)
         assemble = getattr(self.layout, "assemble", storage.merge)
         size = work.publish(parts, files, self.source.copy_files(), assemble)
@@ -196,10 +201,16 @@ class Job:
         width = int(self.source.text_config.hidden_size)
         budget = None if self.max_memory is None else self.max_memory // 4
         acts = Acts(rows, tokens, width, budget, folder)
+        streams = [acts]
+        if "cross" in self.plan.needs:
+            acts.original = Acts(rows, tokens, width, budget, folder, "original.bin")
+            streams.append(acts.original)
         for b, ids in acts.batches(self.rows):
-            acts[b] = self.source.embed(ids)
+            hidden = self.source.embed(ids)
+            for stream in streams:
+                stream[b] = hidden
         widest = max(e.shape[1] for e in self.entries)
-        inside = rows * tokens * (2 * width + widest) * 4
+        inside = rows * tokens * (2 * width + widest) * 4 * len(streams)
         waiting = self.max_memory is None or inside <= self.max_memory // 2
         if acts.spilled:
             self.emit({"event": "note", "message": f"activations ({acts.nbytes / 2**30:.1f} GiB) are kept on disk"})
@@ -232,15 +243,6 @@ class Job:
         if rule is not None and rule.recipe is not None:
             return self.layout.pack(module, rule.recipe.solver(t.float(), rule.recipe.grid, None))
         return {name: t.to(DTYPES[self.plan.dtype]) if t.is_floating_point() else t}
-
-    def _bits_per_weight(self) -> float:
-        total = bits = 0.0
-        for e in self.entries:
-            if e.grid is not None:
-                n = e.shape[0] * e.shape[1]
-                total += n
-                bits += n * e.grid.cost(e.shape) + (32 * e.shape[1] if e.scattered else 0)
-        return bits / total if total else 0.0
 
     def _files(self, bpw: float, kl: dict[str, float] | None, events: str) -> dict[str, str]:
         config = dict(self.source.raw_config)
@@ -284,6 +286,13 @@ class Job:
             raise FewbitsError(
                 f"disk full: {folder} has {free / 2**20:.0f} MiB free, this needs about {needed / 2**20:.0f} MiB"
             )
+
+
+def bits_per_weight(events: str) -> float:
+    """Over the quantized weights of a run, every parameter and every single weight beside the codes counted."""
+    tensors = [e for e in map(json.loads, events.splitlines()) if e["event"] == "tensor"]
+    total = sum(math.prod(e["shape"]) for e in tensors)
+    return sum(math.prod(e["shape"]) * e["bits_per_weight"] for e in tensors) / total if total else 0.0
 
 
 def _head(source: Source, plan: Plan) -> list[str]:

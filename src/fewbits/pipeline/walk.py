@@ -8,6 +8,7 @@ without ever holding either model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,13 +23,13 @@ from fewbits.formats import Entry, Layout
 from fewbits.grids import tied
 from fewbits.model import Experts, Site, Source, fold, get_weight, set_weight
 from fewbits.pipeline.acts import Acts
-from fewbits.pipeline.forward import run
+from fewbits.pipeline.forward import Beside, Cut, Forward, Observe, run
 from fewbits.pipeline.inputs import common_scheme, quantize_inputs, require_finite
 from fewbits.pipeline.precision import PRECISIONS
 from fewbits.plan import Plan, Recipe
 from fewbits.solve import Nearest
 from fewbits.stats import Stats, loss
-from fewbits.tensor import Quantized
+from fewbits.tensor import Quantized, Sparse
 from fewbits.transform import Diagonal
 
 Event = dict[str, Any]
@@ -70,15 +71,17 @@ class Walk:
         elif given is not None:
             self._fit(block, recipes, stats)
         recipes = settled(block, recipes, self.source.ties(block))
+        as_it_was = copy.deepcopy(block) if acts is not None and acts.original is not None else None
         round_to(block, DTYPES[self.plan.dtype], set(recipes))
 
-        def observe(stage: int, x: Tensor) -> None:
+        def observe(stage: int, batch: int, x: Tensor) -> None:
             here = [recipes[n] for n in stages[stage] if n in recipes]
             needs = frozenset().union(*(r.needs for r in here))
             if needs:
                 require_finite(x, names[stages[stage][0]], stats[stage].count if stage in stats else 0)
                 scheme = common_scheme(here)  # the solver minimises the error on what the layer will really see
-                self._observe(stats, stage, Inputs(scheme)(x) if scheme and scheme.dynamic else x, needs)
+                original = seen(stage, batch) if "cross" in needs else None
+                self._observe(stats, stage, Inputs(scheme)(x) if scheme and scheme.dynamic else x, needs, original)
 
         def solve(stage: int) -> None:
             seen = stats.pop(stage, None)
@@ -96,7 +99,8 @@ class Walk:
             for stage in range(len(stages)):
                 solve(stage)
         else:
-            self._advance(block, i, acts, stages, observe, solve)
+            with self._beside(as_it_was, i, acts, stages) as seen:
+                self._advance(block, i, acts, stages, observe, solve)
         tensors = self.source.state(block, i, without=solved, dtype=DTYPES[self.plan.dtype])
         for local, q in solved.items():
             tensors |= self.layout.pack(names[local], q)
@@ -118,7 +122,7 @@ class Walk:
         stages = self.source.stages(block) if any(needs.values()) else ()
         stats: dict[int, Stats] = {}
 
-        def observe(stage: int, x: Tensor) -> None:
+        def observe(stage: int, batch: int, x: Tensor) -> None:
             if needs[stage]:
                 seen = stats[stage].count if stage in stats else 0
                 require_finite(x, self.source.disk_name(i, stages[stage][0]), seen)
@@ -135,7 +139,8 @@ class Walk:
         stats: dict[int, Stats] = {}
         if acts is not None and recipe.solver.needs:
             for b in range(len(acts)):
-                self._observe(stats, 0, self.source.before_head(acts[b]), recipe.solver.needs)
+                original = None if acts.original is None else self.source.before_head(acts.original[b])
+                self._observe(stats, 0, self.source.before_head(acts[b]), recipe.solver.needs, original)
         q, event = solve_one(get_weight(self.source.head()), recipe, stats.get(0))
         return Block(
             self.layout.pack(name, q), [{"event": "tensor", "block": self.source.n_blocks, "name": name} | event]
@@ -148,7 +153,9 @@ class Walk:
 
     def replay(self, i: int, acts: Acts, stored: Mapping[str, Tensor]) -> None:
         """Move ``acts`` past a block that is already finished, exactly as :meth:`quantize` did."""
-        self._advance(self.restored(i, stored), i, acts, (), lambda s, x: None, lambda s: None)
+        self._pass(self.restored(i, stored), i, acts)
+        if acts.original is not None:
+            self._pass(self.source.block(i), i, acts.original)
 
     def restored(self, i: int, stored: Mapping[str, Tensor]) -> nn.Module:
         """Block ``i`` with the weights of its finished part, float32."""
@@ -181,20 +188,52 @@ class Walk:
         i: int,
         acts: Acts,
         stages: Sequence[Sequence[str]],
-        observe: Callable[[int, Tensor], None],
+        observe: Observe,
         solve: Callable[[int], None],
         keep: bool = True,
     ) -> None:
-        # A router mixes padding with what counts; its experts' products differ in length anyway.
-        padded = not any(isinstance(m, Experts) for m in block.modules())
-        read, cut = (acts.padded, acts.cut) if padded else (acts.__getitem__, lambda b, x: x)
-        forwards = [lambda b=b: self._call(block, i, read(b)) for b in range(len(acts))]
+        forwards, cut = self._forwards(block, i, acts)
         # The greenlets stop inside autocast; what happens between their steps must not inherit it.
         plain = torch.autocast("cpu", enabled=False)
         with self._precision():
             for batch, out in run(block, stages, forwards, plain(observe), plain(solve), self.waiting, cut):
                 if keep:
                     acts[batch] = out
+
+    def _forwards(self, block: nn.Module, i: int, acts: Acts) -> tuple[list[Forward], Cut]:
+        # A router mixes padding with what counts; its experts' products differ in length anyway.
+        padded = not any(isinstance(m, Experts) for m in block.modules())
+        read, cut = (acts.padded, acts.cut) if padded else (acts.__getitem__, lambda b, x: x)
+        return [lambda b=b: self._call(block, i, read(b)) for b in range(len(acts))], cut
+
+    def _pass(self, block: nn.Module, i: int, acts: Acts) -> None:
+        """Move ``acts`` past a block as it is."""
+        self._advance(block, i, acts, (), lambda s, b, x: None, lambda s: None)
+
+    @contextmanager
+    def _beside(
+        self, block: nn.Module | None, i: int, acts: Acts, stages: Sequence[Sequence[str]]
+    ) -> Iterator[Callable[[int, int], Tensor]]:
+        """Run ``block``, as it was before it is quantized, over ``acts.original``: gives ``seen(stage, batch)`` and
+        moves them past it in the end. Without a block nothing is run.
+        """
+        if block is None or acts.original is None:
+            yield lambda stage, batch: torch.empty(0)
+            return
+        forwards, cut = self._forwards(block, i, acts.original)
+        with Beside(block, stages, forwards, self.waiting, cut).running() as it:
+
+            def seen(stage: int, batch: int) -> Tensor:
+                with self._precision():
+                    return it.seen(stage, batch)
+
+            yield seen
+            if not self.plan.transforms:
+                with self._precision():
+                    for batch, out in it.outputs():
+                        acts.original[batch] = out
+        if self.plan.transforms:  # folded maps change the last bits; a resumed run must see the same
+            self._pass(self.source.block(i), i, acts.original)
 
     def _call(self, block: nn.Module, i: int, x: Tensor) -> Tensor:
         out = block(x, **self.source.block_kwargs(x.shape[1])[i])
@@ -205,11 +244,13 @@ class Walk:
         with torch.no_grad(), PRECISIONS[self.plan.compute].context():
             yield
 
-    def _observe(self, stats: dict[int, Stats], stage: int, x: Tensor, needs: frozenset[str]) -> None:
+    def _observe(
+        self, stats: dict[int, Stats], stage: int, x: Tensor, needs: frozenset[str], original: Tensor | None = None
+    ) -> None:
         if stage not in stats:
             stats[stage] = Stats.empty(x.shape[-1], needs)
         precision = PRECISIONS[self.plan.compute]
-        stats[stage].update(x.to(precision.observed), precision.gram_)
+        stats[stage].update(x.to(precision.observed), precision.gram_, original)
 
     def _transform(self, block: nn.Module, i: int, acts: Acts, recipes: Mapping[str, Recipe]) -> None:
         """Fit every transform at every site to the original block's statistics, then fold all of them in."""
@@ -218,7 +259,7 @@ class Walk:
         stages = self.source.stages(block)
         stats: dict[int, Stats] = {}
 
-        def observe(stage: int, x: Tensor) -> None:
+        def observe(stage: int, batch: int, x: Tensor) -> None:
             self._observe(stats, stage, x, frozenset().union(*(t.needs for t in self.plan.transforms)))
 
         self._advance(block, i, acts, stages, observe, lambda s: None, keep=False)
@@ -269,8 +310,14 @@ def solve_one(w: Tensor, recipe: Recipe, stats: Stats | None) -> tuple[Quantized
     solver = Nearest() if starved else recipe.solver
     if stats is not None and not stats.finite():
         raise FewbitsError("activations are not finite during calibration; try --compute fp32, or check the model")
-    q = solver(w, recipe.grid, stats)
+    q = (
+        solver(w, recipe.grid, stats)
+        if starved or recipe.split is None
+        else solver(w, recipe.grid, stats, recipe.split)
+    )
     event: Event = {"bits_per_weight": q.bits_per_weight(), "shape": list(q.shape)} | dict(q.meta)
+    if isinstance(q.residual, Sparse):
+        event["kept"] = len(q.residual.values) / w.numel()
     if stats is not None and not starved:
         error = q.dense().sub_(w)
         energy = float(loss(w, stats.gram))
@@ -322,7 +369,8 @@ def entries_of(source: Source, recipes: Mapping[str, Recipe | None] | None = Non
         recipe = recipes[name] if recipes else None
         scattered = bool(recipe) and getattr(recipe.solver, "scatters", False)  # type: ignore[union-attr]
         grid, scheme = (recipe.grid, recipe.activations) if recipe else (None, None)
-        found.append(Entry(name, shape, grid, scattered, activations=scheme))
+        residual = Sparse.__name__ if recipe and recipe.split else None
+        found.append(Entry(name, shape, grid, scattered, residual, scheme))
 
     for i in range(source.n_blocks):
         block = source.skeleton(i)

@@ -248,7 +248,7 @@ def _stack(layers: Iterable[nn.Module]) -> tuple[qlinear.PackedWeight, Tensor | 
     """One weight and bias for several quantized layers, which become views of it; None when they do not go together."""
     quantized: list[QuantLinear] = []
     for m in layers:
-        if not isinstance(m, QuantLinear) or m._packed is None or m.inputs is not None:
+        if not isinstance(m, QuantLinear) or m._packed is None or m._sparse is not None or m.inputs is not None:
             return None
         quantized.append(m)
     packed = [m._packed for m in quantized if m._packed is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,16 +14,18 @@ from fewbits.activations import Inputs
 from fewbits.errors import RequestError
 from fewbits.grids import Int, Vectorwise
 from fewbits.kernels import gpu, qbackward, qlinear
+from fewbits.kernels.sparse import matmul_transposed, sparse_matmul
 from fewbits.runtime import packing, tiles, twin
 from fewbits.runtime.integer import IntegerWeight, say
-from fewbits.tensor import Quantized
+from fewbits.tensor import Quantized, Sparse
 
 
 class QuantLinear(nn.Module):
     """``x @ W.T + bias`` with ``W [out, in]`` kept as codes; stands for nn.Linear and for transformers' Conv1D.
 
     On the CPU the codes are prepacked for the C++ product, on GPUs for the Triton twins. Elsewhere, without either, and
-    for weights that the kernels do not hold (residuals, blocks across rows), the weight is dequantized on every call.
+    for weights that the kernels do not hold (blocks across rows, scales of few bits), the weight is dequantized on
+    every call. Single weights beside prepacked codes are a sparse product of their own.
     Where the inputs are quantized too, integers are multiplied with integers if their scales allow it. Codes get no
     gradient; inputs do. The weight is not part of ``state_dict``: a loaded model is saved by copying its checkpoint.
     """
@@ -44,6 +47,7 @@ class QuantLinear(nn.Module):
         self._kept: dict[str, Tensor] = {}
         self._twin: Any = None
         self._loose: Quantized | None = None
+        self._sparse: Sparse | None = None
         self.inputs: Inputs | None = None
         self._integer: IntegerWeight | None = None
         self._told = False
@@ -65,12 +69,13 @@ class QuantLinear(nn.Module):
             grid, params = q.grid.uniform(q.params)
             q = Quantized(grid, q.codes, params, q.residual, inputs=q.inputs)
         self.grid, self.inputs, self._loose = q.grid, q.inputs, None
-        self._packed = None if self._integer else packing.pack(q)
+        self._sparse = q.residual if isinstance(q.residual, Sparse) else None
+        self._packed = None if self._integer else packing.pack(replace(q, residual=None) if self._sparse else q)
         self._twin = twin.pack(q) if self._packed is None and self._integer is None else None
         held = self._packed is not None or self._twin is not None
         self._kept = q.params if held and not isinstance(q.grid, Int) else {}
         if self._packed is None and self._integer is None and self._twin is None:
-            self._loose = q
+            self._loose, self._sparse = q, None
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -90,18 +95,25 @@ class QuantLinear(nn.Module):
         if p is None or not fused or x.device.type != "cpu":
             weight = self.dequantize(x.dtype).to(x.device)
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
-        return qlinear.matmul(x, p, None if self.bias is None else self._bias())
+        return self._beside(qlinear.matmul(x, p, None if self.bias is None else self._bias()), x)
+
+    def _beside(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y`` with the product of the single weights, where there are some beside packed codes."""
+        s = self._sparse
+        return y if s is None else y + sparse_matmul(x, s.offsets, s.columns, s.values).to(y.dtype)
 
     def product(self, x: Tensor) -> Tensor:
         """``x @ W.T`` without bias, for training: no dense weight is made, but for GPU twins for the moment."""
         if self._packed is not None and x.dtype in qlinear.DTYPES and x.device.type == "cpu":
-            return qlinear.matmul(x, self._packed)
+            return self._beside(qlinear.matmul(x, self._packed), x)
         return tiles.product(x, self._tiles(x), self.out_features)
 
     def product_transposed(self, dy: Tensor) -> Tensor:
         """``dy @ W``: the gradient of :meth:`product`."""
         if self._packed is not None and dy.dtype in qlinear.DTYPES and dy.device.type == "cpu":
-            return qbackward.matmul_transposed(dy, self._packed)
+            dx = qbackward.matmul_transposed(dy, self._packed)
+            s = self._sparse
+            return dx if s is None else dx + matmul_transposed(dy, s.offsets, s.columns, s.values, s.shape[1])
         return tiles.product_transposed(dy, self._tiles(dy), self.in_features)
 
     def _tiles(self, like: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -113,7 +125,8 @@ class QuantLinear(nn.Module):
         if self._packed is not None:
             for begin in range(0, self.out_features, tiles.ROWS):
                 end = min(begin + tiles.ROWS, self.out_features)
-                yield begin, end, qbackward.rows(self._packed, begin, end)
+                w = qbackward.rows(self._packed, begin, end)
+                yield begin, end, w if self._sparse is None else w + self._sparse.rows(begin, end)
         elif self._loose is not None:
             yield from tiles.of_quantized(self._loose)
         elif self._integer is not None:
@@ -123,8 +136,10 @@ class QuantLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight ``[out, in]``; in float32 ``Quantized.dense()``, to the bit but for grids with a global scale."""
-        if self._packed is not None:
+        if self._packed is not None and self._sparse is None:
             return qlinear.dequantize(self._packed, dtype)
+        if self._packed is not None and self._sparse is not None:
+            return (qlinear.dequantize(self._packed, torch.float32) + self._sparse.dense()).to(dtype)
         if self._twin is not None:
             return self._twin.dense().to(dtype)
         if self._integer is not None:
@@ -144,13 +159,15 @@ class QuantLinear(nn.Module):
     def nbytes(self) -> int:
         """Bytes of codes and their parameters in memory."""
         if self._packed is not None:
-            return self._packed.nbytes
+            return self._packed.nbytes + (self._sparse.nbytes if self._sparse else 0)
         if self._twin is not None:
             return int(self._twin.nbytes)
         if self._integer is not None:
             return self._integer.nbytes
-        held = [] if self._loose is None else [self._loose.codes, *self._loose.params.values()]
-        return sum(t.numel() * t.element_size() for t in held)
+        if self._loose is None:
+            return 0
+        beside = self._loose.residual.nbytes if isinstance(self._loose.residual, Sparse) else 0
+        return beside + sum(t.numel() * t.element_size() for t in [self._loose.codes, *self._loose.params.values()])
 
     def extra_repr(self) -> str:
         kind = "empty" if self.grid is None else f"bits={getattr(self.grid, 'bits', '?')}, group={self.grid.period}"
@@ -186,12 +203,13 @@ class QuantLinear(nn.Module):
             return
         q = self._loose
         if self._packed is not None:
-            q = packing.unpack(self.grid, self._packed, self._kept)
+            q = replace(packing.unpack(self.grid, self._packed, self._kept), residual=self._sparse)
         elif self._twin is not None:
             q = twin.unpack(self.grid, self._twin, self._kept)
         if q is not None:
             moved = {name: t.to(device) for name, t in q.params.items()}
-            self.fill(Quantized(q.grid, q.codes.to(device), moved, q.residual, inputs=self.inputs))
+            residual = q.residual.to(device) if isinstance(q.residual, Sparse) else q.residual
+            self.fill(Quantized(q.grid, q.codes.to(device), moved, residual, inputs=self.inputs))
 
 
 def _straight(x: Tensor, inputs: Inputs) -> Tensor:

@@ -10,6 +10,7 @@ from fewbits.solve.exact import Exact
 from fewbits.solve.nearest import Nearest
 from fewbits.solve.search import Search
 from fewbits.solve.sweep import Sweep
+from fewbits.split import Split
 from fewbits.stats import Stats
 from fewbits.tensor import Quantized
 
@@ -22,8 +23,8 @@ class Solver(Protocol):
         """The statistics that it reads."""
         ...
 
-    def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: None = None) -> Quantized:
-        """``stats`` may be None only for a solver that needs nothing."""
+    def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: Split | None = None) -> Quantized:
+        """``stats`` may be None only for a solver that needs nothing; ``split`` only given where it has ``splits``."""
         ...
 
 

@@ -20,7 +20,9 @@ from torch import Tensor
 from fewbits.errors import RequestError
 from fewbits.grids import Grid, group_index
 from fewbits.kernels import one_thread
+from fewbits.solve.rounding import Plain
 from fewbits.solve.sweep import Sweep, segment, sweep
+from fewbits.split import Split
 from fewbits.stats import Stats, loss
 from fewbits.tensor import Quantized
 
@@ -53,7 +55,7 @@ class Descent:
     def scatters(self) -> bool:
         return self.start.scatters
 
-    def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: None = None) -> Quantized:
+    def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: Split | None = None) -> Quantized:
         """Quantize ``w [out, in]`` on ``grid`` for inputs with ``stats.gram``."""
         if stats is None:
             raise RequestError("coordinate descent needs the gram matrix of the layer's inputs; calibrate")
@@ -81,5 +83,5 @@ def descend(w: Tensor, q: Quantized, H: Tensor, passes: int) -> Tensor:
     codes = q.codes
     for _ in range(passes):
         E = grid.decode(codes, params).to(w.dtype) - w
-        codes, _ = sweep(w - E @ below, U, grid, params, index)
+        codes, _ = sweep(w - E @ below, U, Plain(grid), params, index)
     return codes

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fewbits.grids import Grid
+from fewbits.split import Split
 from fewbits.stats import Stats
 from fewbits.tensor import Quantized
 
@@ -21,7 +22,7 @@ class Nearest:
     def needs(self) -> frozenset[str]:
         return frozenset({"gram"}) if self.importance else frozenset()
 
-    def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: None = None) -> Quantized:
+    def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: Split | None = None) -> Quantized:
         """Quantize ``w [out, in]`` on ``grid``."""
         params = grid.fit(w, stats.gram.diagonal() if self.importance and stats else None)
         return Quantized(grid, grid.encode(w, params), params)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fewbits.errors import RequestError
 from fewbits.grids import Grid
+from fewbits.split import Split
 from fewbits.stats import Stats
 from fewbits.tensor import Quantized
 
@@ -25,7 +26,7 @@ class Search:
     def needs(self) -> frozenset[str]:
         return frozenset({"gram"}) if self.importance else frozenset()
 
-    def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: None = None) -> Quantized:
+    def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: Split | None = None) -> Quantized:
         """Quantize ``w [out, in]`` on ``grid``. Raises RequestError for a grid without a search of its own."""
         if not hasattr(grid, "search"):
             raise RequestError(f"the grid {type(grid).__name__} has no search; take the solver nearest")

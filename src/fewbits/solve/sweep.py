@@ -7,6 +7,12 @@ moves by ``-e U_jk``, which is exactly the OBQ elimination of one coordinate in 
 H (Q-W)ᵀ)``: the loss comes for free.
 
 The sweep never asks what kind of grid it rounds to: a block of columns is ``grid.feedback``.
+
+GPTAQ (arXiv 2504.02692) also takes back what the quantized layers before have lost: with ``X̃`` the inputs in the
+original model it minimises ``‖Q X - W X̃‖²``. Column ``j`` leaves the residual ``w_j (x̃_j - x_j)``, which the columns
+after it absorb: ``w_later += w_j P_j``, ``P = α triu(G Uᵀ, 1) U`` with ``G = Σ (x̃ - x) xᵀ`` (sheet letters of section
+4). ``w_j`` being the value before rounding, the recursion ``v = w - e Ũ + v P`` (``Ũ`` = ``U`` above its diagonal) is
+``v = (w - e Ũ)(I - P)⁻¹``: the same sweep for another weight and another factor, see :func:`carried`.
 """
 
 from __future__ import annotations
@@ -20,6 +26,8 @@ from torch import Tensor
 from fewbits.errors import FewbitsError, RequestError
 from fewbits.grids import Grid, Params, group_index, tied
 from fewbits.kernels import one_thread
+from fewbits.solve.rounding import Plain, rounding
+from fewbits.split import Split
 from fewbits.stats import Stats
 from fewbits.tensor import Quantized
 
@@ -36,43 +44,54 @@ class Sweep:
     the diagonal as a fraction of its mean; where the factorisation fails it is tried again in float64, then with ten
     times the damping, and so on. ``meta`` of the result says what was needed. Channels that calibration never saw
     active (dead) are rounded to nearest and take no part in the feedback; the reference code sets their weights to
-    zero, which prunes channels on the word of a small sample.
+    zero, which prunes channels on the word of a small sample. ``cross`` is GPTAQ's α, 0 for plain GPTQ; 1 is the
+    paper's algorithm, 0.25 its code: the correction over-fits when tokens are few (α and damping hold it).
     """
 
     damp: float = 0.01
     order: Literal["natural", "activation"] = "natural"
     static: bool = False
     importance: bool = True
+    cross: float = 0.0
 
-    needs = frozenset({"gram"})
     by_columns = True
+    splits = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"gram", "cross"} if self.cross else {"gram"})
 
     @property
     def scatters(self) -> bool:
         """Whether groups of the result are not consecutive columns."""
         return self.order == "activation" and not self.static
 
-    def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: None = None) -> Quantized:
-        """Quantize ``w [out, in]`` (float32 or float64) on ``grid`` for inputs with ``stats.gram``."""
+    def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: Split | None = None) -> Quantized:
+        """Quantize ``w [out, in]`` (float32 or float64) on ``grid`` for inputs with ``stats.gram``; what ``split``
+        keeps is the residual.
+        """
         if stats is None:
             raise RequestError("the sweep needs the gram matrix of the layer's inputs; calibrate, or use Nearest")
         grid = tied(grid, [w])
         perm, U, diagonal, used, dead = self._factored(stats, w.dtype)
-        columns = w.shape[1]
+        back = torch.argsort(perm)
+        columns, free, pivots = w.shape[1], w[:, perm], U.diagonal()[back]
+        if self.cross:
+            free, U = carried(free, U, self.cross * _cross(stats)[perm][:, perm].to(w.dtype))
+        how = rounding(grid, split, w, pivots, ~dead)
         static = self.static or grid.period == -1 or grid.period >= columns
         importance = diagonal if self.importance else None
         if static:
-            params = grid.fit(w, importance)
+            params = how.fit(w, importance, pivots, torch.arange(columns))
             index = group_index(columns, segment(grid))[perm]
-            codes, loss = sweep(w[:, perm], U, grid, params, index)
+            codes, loss = sweep(free, U, how, params, index, perm)
         else:
             index = group_index(columns, grid.period)
-            codes, params, loss = sweep_groups(w[:, perm], U, grid, diagonal[perm] if self.importance else None)
-        back = torch.argsort(perm)
+            codes, params, loss = sweep_groups(free, U, how, diagonal[perm] if self.importance else None, perm)
         if self.order == "activation" and not static:
             params = params | {"g_idx": index[back].int()}
         meta = {"loss": float(loss), "damp": used["damp"], "float64": used["float64"], "dead": float(dead.sum())}
-        return Quantized(grid, codes[:, back].contiguous(), params, meta=meta)
+        return Quantized(grid, codes[:, back].contiguous(), params, how.residual(), meta=meta)
 
     def _factored(self, stats: Stats, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, float], Tensor]:
         """The order of the columns, U in that order, the gram's diagonal, how U came about, and which columns are dead.
@@ -91,25 +110,35 @@ class Sweep:
         return stats.memo[key]
 
 
-def sweep(w: Tensor, U: Tensor, grid: Grid, params: Params, index: Tensor) -> tuple[Tensor, Tensor]:
-    """All columns with known parameters; column ``c`` belongs to group ``index[c]``. Returns codes and ``Σ e²``."""
+def sweep(
+    w: Tensor, U: Tensor, how: Plain, params: Params, index: Tensor, order: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """All columns with known parameters; column ``c`` belongs to group ``index[c]`` and is the layer's ``order[c]``.
+    Returns codes and ``Σ e²``.
+    """
     w, codes, loss = w.clone(), [], w.new_zeros(())
+    order = torch.arange(w.shape[1]) if order is None else order
     for a in range(0, w.shape[1], BLOCK):
         b = min(a + BLOCK, w.shape[1])
-        code, e = grid.feedback(w[:, a:b], U[a:b, a:b], params, index[a:b])
+        code, e = how.feedback(w[:, a:b], U[a:b, a:b], params, index[a:b], order[a:b])
         w[:, b:] -= e @ U[a:b, b:]
         codes.append(code)
         loss += e.square().sum(1).sum()
     return torch.cat(codes, 1), loss
 
 
-def sweep_groups(w: Tensor, U: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Params, Tensor]:
+def sweep_groups(
+    w: Tensor, U: Tensor, how: Plain, importance: Tensor | None, order: Tensor
+) -> tuple[Tensor, Params, Tensor]:
     """Group by group: fit each group to the weights as they are when the sweep reaches it, then sweep its columns."""
     w, codes, fitted, loss = w.clone(), [], [], w.new_zeros(())
+    pivots, grid = U.diagonal(), how.grid
     for a in range(0, w.shape[1], grid.period):
         b = min(a + grid.period, w.shape[1])
-        params = grid.fit(w[:, a:b], None if importance is None else importance[a:b])
-        code, e = grid.feedback(w[:, a:b], U[a:b, a:b], params, group_index(b - a, segment(grid)))
+        weight = None if importance is None else importance[a:b]
+        params = how.fit(w[:, a:b], weight, pivots[a:b], order[a:b])
+        index = group_index(b - a, segment(grid))
+        code, e = how.feedback(w[:, a:b], U[a:b, a:b], params, index, order[a:b])
         w[:, b:] -= e @ U[a:b, b:]
         codes.append(code)
         fitted.append(params)
@@ -117,6 +146,28 @@ def sweep_groups(w: Tensor, U: Tensor, grid: Grid, importance: Tensor | None) ->
     # A parameter without a column axis belongs to the whole tensor.
     params = {k: torch.cat([p[k] for p in fitted], 1) if p0.ndim == 2 else p0 for k, p0 in fitted[0].items()}
     return torch.cat(codes, 1), params, loss
+
+
+def carried(w: Tensor, U: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and factor whose plain sweep is GPTAQ's for ``w [out, in]``, ``U [in, in]`` and ``G = α Σ (x̃ - x) xᵀ``.
+
+    ``W (I - P)⁻¹`` and ``Ũ (I - P)⁻¹ + diag U``. ``Σ e²`` becomes ``tr((Q-T) H (Q-T)ᵀ)`` with ``T = W + V P``, ``V``
+    the weights as they were when each was rounded.
+    """
+    with one_thread():
+        P = torch.triu(G @ U.T, 1) @ U
+        A = torch.eye(len(U), dtype=U.dtype) - P
+        both = torch.cat([w, U.triu(1)])
+        both = torch.linalg.solve_triangular(A, both, upper=True, left=False, unitriangular=True)
+    leaning, factor = both[: len(w)].contiguous(), both[len(w) :].contiguous()
+    factor.diagonal().copy_(U.diagonal())
+    return leaning, factor
+
+
+def _cross(stats: Stats) -> Tensor:
+    if stats.cross is None:
+        raise RequestError("GPTAQ needs cross statistics; gather them with needs={'gram', 'cross'}, or set cross to 0")
+    return stats.cross
 
 
 def segment(grid: Grid) -> int:

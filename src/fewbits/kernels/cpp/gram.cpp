@@ -1,4 +1,4 @@
-// Blocking, threads and the mirror for G += x^T x. Sums over `depth` rows are added to G in order of rows, each
+// Blocking, threads and the mirror for G += x^T x and C += y^T x. Sums over `depth` rows are added to G in order of rows, each
 // element by one thread at a time: the result does not depend on the number of threads.
 #include "gram.hpp"
 
@@ -42,7 +42,7 @@ char *scratch(std::int64_t bytes) {
     return static_cast<char *>(memory.get());
 }
 
-// out is added to the block of G at (row, column); only the upper triangle matters here.
+// out is added to the block of G at (row, column).
 void add_block(const GramJob &job, int panel, std::int64_t row, std::int64_t column, const float *out) {
     const std::int64_t n = job.columns, rows = std::min<std::int64_t>(panel, n - row);
     const std::int64_t columns = std::min<std::int64_t>(panel, n - column);
@@ -59,20 +59,21 @@ struct Packed {
     void *at(std::int64_t chunk, std::int64_t p) const { return data + (chunk * panels + p) * k.panel_bytes; }
 };
 
-// One square of blocks: left panels [i0, i1) times right panels [j0, j1), blocks above or on the diagonal.
-void add_square(const GramJob &job, const Packed &packed, std::int64_t chunk, std::int64_t i0, std::int64_t j0) {
+// One square of blocks: left panels from i0 times right panels from j0; of a symmetric result those above or on the diagonal.
+void add_square(const GramJob &job, const Packed &left, const Packed &right, std::int64_t chunk, std::int64_t i0,
+                std::int64_t j0, bool symmetric) {
     alignas(64) float out[widest_panel * widest_panel];
-    const int panel = packed.k.panel;
-    const std::int64_t i1 = std::min(i0 + panels_per_task, packed.panels);
-    const std::int64_t j1 = std::min(j0 + panels_per_task, packed.panels);
+    const int panel = left.k.panel;
+    const std::int64_t i1 = std::min(i0 + panels_per_task, left.panels);
+    const std::int64_t j1 = std::min(j0 + panels_per_task, left.panels);
     for (std::int64_t j = j0; j < j1; ++j) {
-        for (std::int64_t i = i0; i < std::min(i1, j + 1); ++i) {
-            if (packed.k.multiply_into && (j + 1) * panel <= job.columns) {
+        for (std::int64_t i = i0; i < (symmetric ? std::min(i1, j + 1) : i1); ++i) {
+            if (left.k.multiply_into && (std::max(i, j) + 1) * panel <= job.columns) {
                 float *g = job.g + i * panel * job.columns + j * panel;
-                packed.k.multiply_into(packed.at(chunk, i), packed.at(chunk, j), g, job.columns);
+                left.k.multiply_into(left.at(chunk, i), right.at(chunk, j), g, job.columns);
                 continue;
             }
-            packed.k.multiply(packed.at(chunk, i), packed.at(chunk, j), out);
+            left.k.multiply(left.at(chunk, i), right.at(chunk, j), out);
             add_block(job, panel, i * panel, j * panel, out);
         }
     }
@@ -88,33 +89,47 @@ void mirror(const GramJob &job, int panel, std::int64_t begin, std::int64_t end)
     }
 }
 
+// job.g += job.x^T right.x; the upper triangle only where both are one.
+void add_product(const GramJob &job, const GramJob &right, const GramKernels &k, int threads) {
+    const bool symmetric = &job == &right;
+    const int panel = k.panel, operands = symmetric ? 1 : 2;
+    const std::int64_t panels = (job.columns + panel - 1) / panel;
+    const std::int64_t squares = (panels + panels_per_task - 1) / panels_per_task;
+    const std::int64_t chunk_bytes = panels * k.panel_bytes, chunks = (job.rows + k.depth - 1) / k.depth;
+    const std::int64_t at_once = std::max<std::int64_t>(1, std::min(chunks, packed_bytes / (operands * chunk_bytes)));
+    char *memory = scratch(operands * at_once * chunk_bytes);
+    const Packed packed[2] = {{k, panels, memory}, {k, panels, memory + (operands - 1) * at_once * chunk_bytes}};
+    for (std::int64_t first = 0; first < chunks; first += at_once) {
+        const std::int64_t count = std::min(at_once, chunks - first), items = count * panels;
+        parallel_for(operands * items, 1, threads, [&](std::int64_t item, std::int64_t) {
+            const std::int64_t which = item / items, chunk = item % items / panels, p = item % panels;
+            k.pack(which ? right : job, (first + chunk) * k.depth, p * panel, packed[which].at(chunk, p));
+        });
+        parallel_for(squares * squares, 1, threads, [&](std::int64_t task, std::int64_t) {
+            const std::int64_t i = task % squares * panels_per_task, j = task / squares * panels_per_task;
+            if (symmetric && i > j) return;
+            alignas(64) char saved[64];
+            if (k.enter) k.enter(saved);
+            for (std::int64_t chunk = 0; chunk < count; ++chunk) {
+                add_square(job, packed[0], packed[1], chunk, i, j, symmetric);
+            }
+            if (k.leave) k.leave(saved);
+        });
+    }
+}
+
 }  // namespace
 
 void add_gram(const GramJob &job, int threads) { add_gram(job, kernels(job.bfloat), threads); }
 
 void add_gram(const GramJob &job, const GramKernels &k, int threads) {
+    add_product(job, job, k, threads);
     const int panel = k.panel;
-    const std::int64_t panels = (job.columns + panel - 1) / panel;
-    const std::int64_t squares = (panels + panels_per_task - 1) / panels_per_task;
-    const std::int64_t chunk_bytes = panels * k.panel_bytes, chunks = (job.rows + k.depth - 1) / k.depth;
-    const std::int64_t at_once = std::max<std::int64_t>(1, std::min(chunks, packed_bytes / chunk_bytes));
-    const Packed packed = {k, panels, scratch(at_once * chunk_bytes)};
-    for (std::int64_t first = 0; first < chunks; first += at_once) {
-        const std::int64_t count = std::min(at_once, chunks - first);
-        parallel_for(count * panels, 1, threads, [&](std::int64_t item, std::int64_t) {
-            const std::int64_t chunk = item / panels, p = item % panels;
-            k.pack(job, (first + chunk) * k.depth, p * panel, packed.at(chunk, p));
-        });
-        parallel_for(squares * squares, 1, threads, [&](std::int64_t task, std::int64_t) {
-            const std::int64_t i = task % squares * panels_per_task, j = task / squares * panels_per_task;
-            if (i > j) return;
-            alignas(64) char saved[64];
-            if (k.enter) k.enter(saved);
-            for (std::int64_t chunk = 0; chunk < count; ++chunk) add_square(job, packed, chunk, i, j);
-            if (k.leave) k.leave(saved);
-        });
-    }
     parallel_for(job.columns, panel, threads, [&](std::int64_t b, std::int64_t e) { mirror(job, panel, b, e); });
+}
+
+void add_cross(const GramJob &left, const GramJob &right, int threads) {
+    add_product(left, right, kernels(left.bfloat), threads);
 }
 
 }  // namespace fewbits

@@ -1,4 +1,4 @@
-// G += x^T x. gram.cpp drives; the kernels below are serial and compiled per instruction set.
+// G += x^T x and C += y^T x. gram.cpp drives; the kernels below are serial and compiled per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +31,9 @@ struct GramKernels {
 
 void add_gram(const GramJob &job, int threads);  // kernels for this CPU and the type of x
 void add_gram(const GramJob &job, const GramKernels &k, int threads);
+
+// left.g += left.x^T right.x, of the same shape and type; not symmetric.
+void add_cross(const GramJob &left, const GramJob &right, int threads);
 
 const GramKernels &gram_portable();
 const GramKernels &gram_avx2();

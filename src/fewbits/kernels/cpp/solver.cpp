@@ -68,6 +68,12 @@ void gram(std::uintptr_t g, std::uintptr_t x, std::int64_t rows, std::int64_t co
     add_gram({at<float>(g), at<const void>(x), rows, columns, stride, bfloat}, threads);
 }
 
+void cross(std::uintptr_t c, std::uintptr_t y, std::uintptr_t x, std::int64_t rows, std::int64_t columns,
+           std::int64_t y_stride, std::int64_t x_stride, bool bfloat, int threads) {
+    add_cross({at<float>(c), at<const void>(y), rows, columns, y_stride, bfloat},
+              {nullptr, at<const void>(x), rows, columns, x_stride, bfloat}, threads);
+}
+
 }  // namespace
 
 // Long jobs release the interpreter; other Python threads (progress, prefetch) go on.
@@ -75,6 +81,7 @@ void bind_solver(nb::module_ &m) {
     m.def("fit_affine", &fit_affine, nb::call_guard<nb::gil_scoped_release>());
     m.def("sweep_block", &sweep_block, nb::call_guard<nb::gil_scoped_release>());
     m.def("gram", &gram, nb::call_guard<nb::gil_scoped_release>());
+    m.def("cross", &cross, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace fewbits

@@ -204,7 +204,11 @@ class Walk:
         # A router mixes padding with what counts; its experts' products differ in length anyway.
         padded = not any(isinstance(m, Experts) for m in block.modules())
         read, cut = (acts.padded, acts.cut) if padded else (acts.__getitem__, lambda b, x: x)
-        return [lambda b=b: self._call(block, i, read(b)) for b in range(len(acts))], cut
+
+        def forward(b: int) -> Forward:
+            return lambda: self._call(block, i, read(b))
+
+        return [forward(b) for b in range(len(acts))], cut
 
     def _pass(self, block: nn.Module, i: int, acts: Acts) -> None:
         """Move ``acts`` past a block as it is."""

@@ -109,7 +109,9 @@ def detect(quantization_config: Mapping[str, Any]) -> Layout:
 
 def warnings(name: str, entries: Sequence[Entry]) -> list[str]:
     """What the readers of format ``name`` will stumble over although it can be stored, one line each."""
-    found = [_fused(parent, members) for parent, members in _families(entries).items()]
+    # llama.cpp runs every matrix by itself, and its mixtures give them different types on purpose.
+    families = {} if name == "gguf" else _families(entries)
+    found = [_fused(parent, members) for parent, members in families.items()]
     lines = [line for line in found if line]
     if len(lines) > 3:
         lines = [*lines[:3], f"and {len(lines) - 3} more blocks like these"]

@@ -17,14 +17,18 @@ from fewbits.advise.machine import Law, Machine, solving, transforming
 from fewbits.model import get_weight
 from fewbits.pipeline.acts import TOKENS_PER_BATCH
 from fewbits.pipeline.job import Job
+from fewbits.pipeline.memory import LARGEST
 from fewbits.pipeline.probe import CHUNK
 from fewbits.plan import Recipe
 
 PROBE_TOKENS = 1024
 FLOAT = 4
-# Fitted to runs of six methods (docs/log.md): what a forward pass costs beyond its products, seconds that a run takes
-# whatever its size, and copies of a gram matrix that are alive while it is factorised.
-BEYOND, START, GRAMS = 1.35, 2.0, 6
+# Rough, and set by two runs (docs/log.md): what a forward pass costs beyond its products, seconds that a run takes
+# whatever its size (calibrated ones load a tokenizer and a text), copies of a gram matrix alive while it is factorised.
+BEYOND, GRAMS = 1.35, 6
+START, START_CALIBRATED = 0.3, 2.5
+LOGITS, LOGITS_KEPT = 7, 12
+"""Chunks of logits alive in the probe's last step, and with those that are freed but stay with the process."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,8 @@ class Model:
         if self.calibrated:
             out, columns = source.head_shape
             heads = 1 if self.job.recipes.get(source.head_name) is None else 2
-            logits = 6 * CHUNK * out * FLOAT
+            chunk = CHUNK * out * FLOAT
+            logits = (LOGITS_KEPT if chunk <= LARGEST else LOGITS) * chunk
             found.append(Phase("probe", (heads * out * columns + 2 * PROBE_TOKENS * columns) * FLOAT + logits))
         return found
 
@@ -130,7 +135,7 @@ class Model:
         self.machine = machine
         source, copied = self.job.source, self.job.source.checkpoint.size_bytes * 8 / machine.copies
         blocks: dict[tuple[Any, ...], float] = {}
-        total = START + copied
+        total = (START_CALIBRATED if self.calibrated else START) + copied
         for i in range(source.n_blocks):
             stages = self._stages(i)
             key = tuple((s, r) for stage in stages for s, r in stage)

@@ -14,11 +14,11 @@ from fewbits.errors import RequestError
 from fewbits.evaluate.tasks import tasks
 
 QUESTIONS = [
-    ("the quick brown fox", [" jumps over", " dog", " sleeps all day"], 0),
-    ("a lazy dog", [" fox", " sleeps", " quick brown"], 1),
-    ("over a lazy", [" dog and sleeps", " the"], 0),
-    ("all day", [" long", " jumps the quick", " and"], 2),
-    ("brown", [" fox jumps", " lazy dog"], 1),
+    ("the quick brown fox", ["jumps over", "dog", "sleeps all day"], 0),
+    ("a lazy dog", ["fox", "sleeps", "quick brown"], 1),
+    ("over a lazy", ["dog and sleeps", "the"], 0),
+    ("all day", ["long", "jumps the quick", "and"], 2),
+    ("brown", ["fox jumps", "lazy dog"], 1),
 ]
 
 
@@ -41,10 +41,10 @@ def accuracy(path: Path) -> tuple[float, float]:
         scores = []
         for choice in choices:
             start = len(tokenizer(question)["input_ids"])
-            ids = torch.tensor([tokenizer(question + choice)["input_ids"]])
+            ids = torch.tensor([tokenizer(f"{question} {choice}")["input_ids"]])
             logp = model(ids).logits[0, :-1].float().log_softmax(-1)
             scores.append(float(logp.gather(-1, ids[0, 1:, None])[start - 1 :].sum()))
-        per_byte = [s / len(c.encode()) for s, c in zip(scores, choices, strict=True)]
+        per_byte = [s / len(c) for s, c in zip(scores, choices, strict=True)]
         for k, s in enumerate((scores, per_byte)):
             right[k] += s.index(max(s)) == answer
     return right[0] / len(QUESTIONS), right[1] / len(QUESTIONS)

@@ -29,7 +29,8 @@ def tasks(
 
     ``wanted`` are names of lm-eval's own tasks (which it downloads), files of its YAML, or ``.jsonl`` files with one
     question per line: ``{"question": "...", "choices": ["...", ...], "answer": 0}``, where ``answer`` is the place of
-    the right choice; the choice with the largest log-likelihood after the question counts (``acc_norm``: per byte).
+    the right choice; the choice with the largest log-likelihood after the question and a space counts (``acc_norm``:
+    per character).
     The first ``limit`` questions of each; ``shots`` examples before each.
 
     Raises RequestError when lm-eval is not installed, or for a task that does not exist or is not well-formed.

@@ -17,9 +17,11 @@ def command(
     data: Annotated[
         str, typer.Option(metavar="FILE", help=".jsonl, .parquet or text, or a fetched text: c4, wiki, code.")
     ],
-    method: Annotated[str, typer.Option(help="qlora: the base of few bits; lora: a dense base.")] = "qlora",
+    method: Annotated[
+        str, typer.Option(help="qlora, lora: adapters on a base of few bits, or dense; qat: all weights.")
+    ] = "qlora",
     grid: Annotated[
-        str, typer.Option(help="Numbers that a dense base is rounded to: nf4-dq, nf4, int4 ...")
+        str, typer.Option(help="Numbers of the base, or of qat: nf4-dq, int4 ...; for qat also ternary.")
     ] = "nf4-dq",
     r: Annotated[int, typer.Option("--r", help="Rank of the adapters.")] = 16,
     alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / r.")] = 16,
@@ -33,6 +35,11 @@ def command(
     packing: Annotated[bool, typer.Option("--packing/--no-packing", help="Several examples in a row.")] = True,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut examples that are longer than a row.")] = False,
     prompts: Annotated[bool, typer.Option("--prompts", help="Learn prompts too, not completions only.")] = False,
+    group_size: Annotated[int | None, typer.Option(help="qat: columns that share a scale.")] = None,
+    format: Annotated[str, typer.Option(help="qat: fewbits, compressed-tensors, gptq, ...")] = "fewbits",
+    distill: Annotated[
+        bool, typer.Option("--distill/--no-distill", help="qat: learn from the original model, or from the text.")
+    ] = True,
     steps: Annotated[int | None, typer.Option(help="Steps in place of --epochs.")] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Rows at a time.")] = 4,
@@ -57,9 +64,10 @@ def command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train low-rank adapters on a quantized model (QLoRA). The adapter is peft's and loads with plain peft.
+    """Train low-rank adapters on a quantized model (QLoRA), or a quantized model itself (--method qat).
 
-    A dense SRC is rounded to --grid first, into OUT/base. OUT/log.jsonl gets a line per step.
+    The adapter is peft's and loads with plain peft. A dense SRC is rounded to --grid first, into OUT/base. With qat OUT
+    is a checkpoint. OUT/log.jsonl gets a line per step.
 
     [bold]Examples[/bold]
 
@@ -69,12 +77,14 @@ def command(
 
         fewbits finetune ./model ./tuned --data d.jsonl --optimizer paged-adamw --optimizer-memory 200MB
 
+        fewbits finetune ./model ./int3 --method qat --grid int3 --data self --steps 300 --lr 2e-5
+
     An interrupted run goes on with the same command and --resume.
     """
-    from fewbits.finetune import Adapter, Rows, Training, finetune
+    from fewbits.finetune import Adapter, Qat, Rows, Training, finetune
     from fewbits.grids import NAMED_GRIDS
 
-    choice(grid, NAMED_GRIDS, "grid")
+    choice(grid, [*NAMED_GRIDS, *(["ternary"] if method == "qat" else [])], "grid")
     memory = size(optimizer_memory, "--optimizer-memory")
     adapter = Adapter(r, alpha, dropout, rslora, dora, tuple(t.strip() for t in targets.split(",")))
     rows = Rows(seq_len, packing, truncate, prompts)
@@ -92,6 +102,7 @@ def command(
             adapter=adapter,
             rows=rows,
             training=training,
+            qat=Qat(group_size, format, distill),
             dtype=dtype,
             resume=resume,
             overwrite=overwrite,
@@ -108,7 +119,7 @@ def report(found: dict[str, Any]) -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in (
-        ("adapter", found["out"]),
+        ("result", found["out"]),
         ("base", found["base"]),
         ("steps", str(found["steps"])),
         ("loss, first and last step", f"{found['loss_first']:.4f} .. {found['loss']:.4f}"),
@@ -118,4 +129,5 @@ def report(found: dict[str, Any]) -> None:
     ):
         table.add_row(name, value)
     console().print(table)
-    stderr(f"use it: fewbits merge {found['out']} OUT, or peft's PeftModel.from_pretrained")
+    if found["method"] != "qat":
+        stderr(f"use it: fewbits merge {found['out']} OUT, or peft's PeftModel.from_pretrained")

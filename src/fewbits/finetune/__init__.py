@@ -1,4 +1,5 @@
-"""Fine-tuning models of few bits: adapters on a frozen quantized base (QLoRA), paged optimizer states, merging.
+"""Fine-tuning on few bits: adapters on a frozen quantized base (QLoRA), paged optimizer states, merging; training of
+the quantized model itself (QAT).
 
 Imports nothing until it is asked to: peft and transformers' Trainer are heavy, and optional.
 """
@@ -11,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fewbits.finetune.adapter import load_adapter
     from fewbits.finetune.api import finetune
-    from fewbits.finetune.base import Adapter, Result, Rows, Training
+    from fewbits.finetune.base import Adapter, Qat, Result, Rows, Training
     from fewbits.finetune.merge import merge_dense
     from fewbits.finetune.paged import PagedAdamW
 
-__all__ = ["Adapter", "PagedAdamW", "Result", "Rows", "Training", "finetune", "load_adapter", "merge_dense"]
+__all__ = ["Adapter", "PagedAdamW", "Qat", "Result", "Rows", "Training", "finetune", "load_adapter", "merge_dense"]
 
 _HOMES = {
     "finetune": "api",
     "Adapter": "base",
+    "Qat": "base",
     "Result": "base",
     "Rows": "base",
     "Training": "base",

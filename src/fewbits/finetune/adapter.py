@@ -158,8 +158,3 @@ def targets(model: Any, names: tuple[str, ...]) -> list[str]:
         return sorted(names)
     ambiguous = any(n.rpartition(".")[2] in leaves and n not in linear for n, _ in model.named_modules())
     return sorted(linear if ambiguous else leaves)
-
-
-def trainable(model: nn.Module) -> int:
-    """Number of parameters that get gradients."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -6,16 +6,17 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fewbits.errors import FewbitsError, RequestError
 from fewbits.finetune import base
-from fewbits.finetune.base import METHODS, Adapter, OnEvent, Result, Rows, Training
+from fewbits.finetune.base import METHODS, Adapter, OnEvent, Qat, Result, Rows, Training
 from fewbits.pipeline.job import peak_rss
 
 REQUEST = "finetune.json"
+SELF = "self"
 FREE = ("save_steps",)
 """Settings that may differ when a run goes on."""
 
@@ -30,86 +31,131 @@ def finetune(
     adapter: Adapter | None = None,
     rows: Rows | None = None,
     training: Training | None = None,
+    qat: Qat | None = None,
     dtype: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
     on_event: OnEvent | None = None,
 ) -> Result:
-    """Train adapters on a frozen base and save them, in peft's format, in directory ``out``.
+    """Train on few bits; the result is in directory ``out``.
 
-    ``source`` is a transformers directory, a hub id or a GGUF file. "qlora" (arXiv 2305.14314) rounds a dense model to
-    ``grid`` first, into ``out/base``, and takes an already quantized checkpoint as it is; "lora" keeps a dense model
-    dense. ``data`` is a .jsonl, .parquet or text file, or the name of a fetched text. ``dtype`` is what is computed in.
+    ``source`` is a transformers directory, a hub id or a GGUF file. "qlora" (arXiv 2305.14314) trains adapters, saved
+    in peft's format, beside a frozen base: a dense model is rounded to ``grid`` first, into ``out/base``, an already
+    quantized checkpoint is taken as it is; "lora" keeps a dense base dense. "qat" trains all weights of the linear
+    layers as their quantized selves on ``grid`` and writes a checkpoint as ``qat`` says. ``data`` is a .jsonl, .parquet
+    or text file, or the name of a fetched text; for "qat" also "self", text that the model makes. ``dtype`` is what is
+    computed in.
 
     ``out`` also gets ``log.jsonl`` (a line per step) and ``checkpoints``; ``resume`` goes on from the last whole one.
     Raises RequestError for requests and data that are wrong, FewbitsError, naming the step, for a loss that is not
-    finite: the adapter of the step before is kept.
+    finite: what was good before it is kept.
     """
-    for package in ("peft", "accelerate"):
+    for package in ("accelerate",) if method == "qat" else ("peft", "accelerate"):
         base.require(package)
     if method not in METHODS:
         raise RequestError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
-    from fewbits.finetune import data as texts
-    from fewbits.finetune import model as bases
-
-    started, out = time.perf_counter(), Path(out)
-    adapter, rows, training = adapter or Adapter(), rows or Rows(), training or Training()
-    tell = on_event or (lambda event: None)
-    settings = {"adapter": asdict(adapter), "rows": asdict(rows), "training": asdict(training)}
-    request: dict[str, Any] = {"source": _place(source), "data": str(data), "method": method, "grid": grid}
-    request = json.loads(json.dumps(request | {"dtype": dtype} | settings))
-    resume = _check(out, request, resume, overwrite)
-    found = texts.read(data, bases.tokenizer_of(str(source)), rows)
-    request["rows_sha256"] = _digest(found)
-    _start(out, request, resume)
-    try:
-        path = bases.prepare(str(source), out, method, grid, tell)
-        model, tokenizer = bases.open_base(path, method, dtype)
-        _fits(model, rows)
-        tell({"event": "note", "message": f"{len(found)} rows, {sum(len(r.ids) for r in found)} tokens"})
-        facts = _run(model, tokenizer, found, (adapter, training), (out, _place(source)), resume, tell)
-    except RequestError:
-        if not resume:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+    started = time.perf_counter()
+    run = _Run(str(source), Path(out), method, grid, dtype, on_event or (lambda event: None))
+    how = (adapter or Adapter(), rows or Rows(), training or Training(), qat or Qat())
+    facts = run.carry_out(data, how, resume, overwrite)
     return Result(
-        out=str(out),
-        method=method,
-        base=path,
-        rows=len(found),
-        seconds=time.perf_counter() - started,
-        peak_rss_bytes=peak_rss(),
-        **facts,
+        out=str(out), method=method, seconds=time.perf_counter() - started, peak_rss_bytes=peak_rss(), **facts
     )
 
 
-def _run(
-    model: Any,
-    tokenizer: Any,
-    rows: Any,
-    how: tuple[Adapter, Training],
-    where: tuple[Path, str],
-    resume: bool,
-    tell: OnEvent,
-) -> dict[str, Any]:
-    from fewbits.finetune import adapter as adapters
-    from fewbits.finetune import train
+@dataclass
+class _Run:
+    source: str
+    out: Path
+    method: str
+    grid: str
+    dtype: str | None
+    tell: OnEvent
+    resume: bool = False
 
-    (adapter, training), (out, source) = how, where
-    tuned = adapters.attach(model, adapter, source, training.seed)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    try:
-        facts = train.train(tuned, rows, training, out, pad, resume, tell)
-    except train.Diverged as e:
-        raise FewbitsError(f"{e}; {_keep(tuned, out, e)}; lower --lr, or check the data") from None
-    tuned.save_pretrained(str(out))
-    return facts | {"trainable": adapters.trainable(tuned)}
+    def carry_out(
+        self, data: str | Path, how: tuple[Adapter, Rows, Training, Qat], resume: bool, overwrite: bool
+    ) -> dict[str, Any]:
+        from fewbits.finetune import data as texts
+        from fewbits.finetune.model import tokenizer_of
+
+        adapter, rows, training, qat = how
+        request: dict[str, Any] = {"source": _place(self.source), "data": str(data), "method": self.method}
+        request |= {"grid": self.grid, "dtype": self.dtype, "rows": asdict(rows), "training": asdict(training)}
+        request |= {"qat": asdict(qat)} if self.method == "qat" else {"adapter": asdict(adapter)}
+        request = json.loads(json.dumps(request))
+        self.resume = _check(self.out, request, resume, overwrite)
+        own = self.method == "qat" and str(data) == SELF
+        found = [] if own else texts.read(data, tokenizer_of(self.source), rows)
+        request["rows_sha256"] = _digest(found)
+        _start(self.out, request, self.resume)
+        try:
+            if self.method == "qat":
+                return self._qat(found, (rows, training, qat))
+            return self._adapters(found, (adapter, rows, training))
+        except RequestError:
+            if not self.resume:
+                shutil.rmtree(self.out, ignore_errors=True)
+            raise
+
+    def _adapters(self, found: Any, how: tuple[Adapter, Rows, Training]) -> dict[str, Any]:
+        from fewbits.finetune import adapter as adapters
+        from fewbits.finetune import model as bases
+        from fewbits.finetune import train
+
+        adapter, rows, training = how
+        path = bases.prepare(self.source, self.out, self.method, self.grid, self.tell)
+        model, tokenizer = bases.open_base(path, self.method, self.dtype)
+        self._ready(model, rows, found)
+        tuned = adapters.attach(model, adapter, _place(self.source), training.seed)
+        try:
+            facts = train.train(tuned, found, training, self.out, _pad(tokenizer), self.resume, self.tell)
+        except train.Diverged as e:
+            raise FewbitsError(f"{e}; {_keep(tuned, self.out, e)}; lower --lr, or check the data") from None
+        tuned.save_pretrained(str(self.out))
+        return facts | {"base": path, "rows": len(found), "trainable": base.trainable(tuned)}
+
+    def _qat(self, found: Any, how: tuple[Rows, Training, Qat]) -> dict[str, Any]:
+        from fewbits.finetune import qat, train
+        from fewbits.model import Source
+        from fewbits.runtime import load
+
+        rows, training, what = how
+        grid, source = qat.grid_of(self.grid, what), Source.open(self.source)
+        if self.dtype not in (None, "float32"):
+            raise RequestError(f"--dtype {self.dtype}: qat computes in float32; drop it")
+        teacher, tokenizer = load(self.source, dtype="float32")
+        found = found or qat.generated(teacher, qat.count(training), rows.seq_len, training.seed)
+        model = qat.prepare(load(self.source, dtype="float32")[0], source, grid, what)
+        self._ready(model, rows, found)
+        given = teacher.requires_grad_(False) if what.distill else None
+        try:
+            facts = train.train(model, found, training, self.out, _pad(tokenizer), self.resume, self.tell, given)
+        except train.Diverged as e:
+            if not e.sound:
+                raise FewbitsError(f"{e}; the step before broke the model; lower --lr") from None
+            qat.write(model, source, grid, what, self.out)
+            raise FewbitsError(f"{e}; the model as it was before it is in {self.out}; check the data") from None
+        facts |= qat.write(model, source, grid, what, self.out)
+        return facts | {"base": self.source, "rows": len(found), "trainable": base.trainable(model)}
+
+    def _ready(self, model: Any, rows: Rows, found: Any) -> None:
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and rows.seq_len > longest:
+            raise RequestError(
+                f"--seq-len {rows.seq_len}, but the model has {longest} positions; give --seq-len {longest}"
+            )
+        self.tell({"event": "note", "message": f"{len(found)} rows, {sum(len(r.ids) for r in found)} tokens"})
 
 
-def _place(source: str | Path) -> str:
+def _place(source: str) -> str:
     """``source`` as it is found from anywhere: hub ids stay."""
     path = Path(source).expanduser()
-    return str(path.resolve()) if path.exists() else str(source)
+    return str(path.resolve()) if path.exists() else source
+
+
+def _pad(tokenizer: Any) -> int:
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
 def _keep(tuned: Any, out: Path, e: Any) -> str:
@@ -176,9 +222,3 @@ def _digest(rows: Any) -> str:
     for r in rows:
         digest.update(r.ids.numpy().tobytes() + r.labels.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _fits(model: Any, rows: Rows) -> None:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and rows.seq_len > longest:
-        raise RequestError(f"--seq-len {rows.seq_len}, but the model has {longest} positions; give --seq-len {longest}")

@@ -12,7 +12,7 @@ from fewbits.errors import RequestError
 OnEvent = Callable[[dict[str, Any]], None]
 OPTIMIZERS = ("adamw", "paged-adamw", "paged-adamw-8bit")
 SCHEDULES = ("constant", "cosine", "linear")
-METHODS = ("qlora", "lora")
+METHODS = ("qlora", "lora", "qat")
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,21 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Qat:
+    """Quantization-aware training: ``group_size`` columns share a scale (None: the grid's own), the ``format`` of the
+    checkpoint; ``distill`` makes the loss the distance from the original model.
+    """
+
+    group_size: int | None = None
+    format: str = "fewbits"
+    distill: bool = True
+
+
+@dataclass(frozen=True)
 class Result:
-    """What a run produced. ``step_seconds`` is the median; ``loss`` is of the last step, in nats per token."""
+    """What a run produced. ``step_seconds`` is the median; ``loss`` is of the last step, in nats per token.
+    ``bits_per_weight`` is that of a checkpoint, None for adapters.
+    """
 
     out: str
     method: str
@@ -111,6 +124,7 @@ class Result:
     seconds: float
     step_seconds: float
     peak_rss_bytes: int
+    bits_per_weight: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The keys of ``fewbits finetune --json``."""
@@ -121,3 +135,8 @@ def require(package: str) -> None:
     """RequestError when an optional package is missing."""
     if importlib.util.find_spec(package) is None:
         raise RequestError(f"fine-tuning needs {package}, which is not installed; pip install 'fewbits[finetune]'")
+
+
+def trainable(model: Any) -> int:
+    """Number of parameters that get gradients."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -15,36 +15,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fewbits.errors import RequestError
 from fewbits.finetune.data import IGNORED
 
 CHUNK = 256
 """Predictions whose logits exist at once."""
 PROBE = 16
 
-Head = Callable[[Tensor], Tensor]
+Score = Callable[[Tensor, slice], Tensor]
 
 
 class _Losses(torch.autograd.Function):
-    """Sum of the negative log-likelihoods of ``targets [n]`` given ``hidden [n, d]``; the head gets no gradient."""
+    """Sum of ``score(h, part)`` over slices ``part`` of ``hidden [n, d]``; nothing else gets a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, score: Score) -> Tensor:
         total, grad = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
         for begin in range(0, len(hidden), CHUNK):
             part = slice(begin, begin + CHUNK)
             with torch.enable_grad():
                 h = hidden[part].detach().requires_grad_()
-                nll = F.cross_entropy(head(h).float(), targets[part], reduction="sum")
-                (grad[part],) = torch.autograd.grad(nll, h)
-            total += nll.detach()
+                loss = score(h, part)
+                (grad[part],) = torch.autograd.grad(loss, h)
+            total += loss.detach()
         ctx.save_for_backward(grad)
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (grad,) = ctx.saved_tensors
-        return grad.mul_(dy), None, None
+        return grad * dy, None
 
 
 class Loss:
@@ -88,17 +89,53 @@ class Loss:
         return loss
 
     def _by_chunks(self, batch: Mapping[str, Tensor], count: Tensor | int | None) -> Tensor:
+        hidden, targets, at = self._learned(batch)
+        score = self._score(batch, targets, at)
+        total: Tensor = _Losses.apply(hidden, score)
+        return total / (len(targets) if count is None else count)
+
+    def _learned(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states ``[n, d]`` before each learned token, those tokens, and their places in the batch."""
         inputs = {k: t for k, t in batch.items() if k != "labels"}
         hidden = self.decoder(**inputs, use_cache=False)[0]
         targets = batch["labels"][:, 1:].reshape(-1)
         at = (targets != IGNORED).nonzero()[:, 0]
         hidden = hidden[:, :-1].reshape(len(targets), -1)
-        if len(at) < len(targets):
-            hidden, targets = hidden[at], targets[at]
-        total: Tensor = _Losses.apply(hidden, targets, self._head)
-        return total / (len(at) if count is None else count)
+        return (hidden, targets, at) if len(at) == len(targets) else (hidden[at], targets[at], at)
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def _score(self, batch: Mapping[str, Tensor], targets: Tensor, at: Tensor) -> Score:
+        return lambda h, part: F.cross_entropy(self.head(h).float(), targets[part], reduction="sum")
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states ``[n, d]``."""
         logits = self.linear(hidden)
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.cap == 0 else torch.tanh(logits / self.cap) * self.cap
+
+
+class Distance(Loss):
+    """KL(teacher || model) in nats per learned token, in place of the likelihood of the text.
+
+    Raises RequestError when one of the models makes its logits in a way that is not known here.
+    """
+
+    def __init__(self, model: Any, teacher: Any, batch: Mapping[str, Tensor]):
+        super().__init__(model)
+        self.teacher = Loss(teacher).check(batch)
+        self.check(batch)
+        if not (self.chunked and self.teacher.chunked):
+            raise RequestError(
+                f"{type(teacher).__name__} has a head that is not known here; learn from text (--no-distill)"
+            )
+        self._score = self._divergence  # type: ignore[method-assign]
+
+    def _divergence(self, batch: Mapping[str, Tensor], targets: Tensor, at: Tensor) -> Score:
+        with torch.no_grad():
+            theirs = self.teacher._learned(batch)[0]
+
+        def score(h: Tensor, part: slice) -> Tensor:
+            with torch.no_grad():
+                log_p = self.teacher.head(theirs[part]).float().log_softmax(-1)
+            return F.kl_div(self.head(h).float().log_softmax(-1), log_p, reduction="sum", log_target=True)
+
+        return score

@@ -20,7 +20,7 @@ from fewbits.runtime import QuantLinear, load
 from fewbits.runtime.loading import gguf_file
 
 BASE = "base"
-_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
 def prepare(source: str, out: Path, method: str, grid: str, tell: OnEvent) -> str:
@@ -43,7 +43,7 @@ def prepare(source: str, out: Path, method: str, grid: str, tell: OnEvent) -> st
         format="bitsandbytes" if isinstance(chosen, Table) else "fewbits",
         calibration=Calibration(),
         compute="fp32",
-        dtype=_NAMES.get(opened.dtype, "float32"),
+        dtype=NAMES.get(opened.dtype, "float32"),
     )
     plan = replace(plan.with_scales(plan.dtype), seed=0)
     Job.check(opened, plan, rows=None, held_out=None, emit=tell).run(made)
@@ -80,6 +80,6 @@ def _quantized(source: str) -> bool:
 def _dtype(name: str | None) -> torch.dtype:
     """What is computed in: bfloat16 where the processor multiplies it natively, else float32."""
     found = getattr(torch, name or ("bfloat16" if multiplies_bf16() else "float32"), None)
-    if found not in _NAMES or found == torch.float16:
+    if found not in NAMES or found == torch.float16:
         raise RequestError(f"--dtype {name!r} is not possible; allowed: float32, bfloat16")
     return found

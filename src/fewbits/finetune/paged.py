@@ -190,7 +190,7 @@ class _Moments32:
 class _Moments8:
     """Both moments as codes of a byte, and an absolute maximum per block: 2 + 2/64 bytes for each number."""
 
-    temporaries = 10
+    temporaries = 16
 
     def __init__(self, pages: _Pages, count: int):
         self.pages, self.maxima = pages, 2 * count

@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainingArguments
 from fewbits.errors import FewbitsError
 from fewbits.finetune.base import OnEvent, Training
 from fewbits.finetune.data import Row, collate
-from fewbits.finetune.loss import Loss
+from fewbits.finetune.loss import Distance, Loss
 from fewbits.finetune.paged import PagedAdamW
 from fewbits.pipeline.job import peak_rss
 
@@ -134,9 +134,17 @@ class _Watch(TrainerCallback):
 
 
 def train(
-    model: Any, rows: Sequence[Row], how: Training, out: Path, pad: int, resume: bool, tell: OnEvent
+    model: Any,
+    rows: Sequence[Row],
+    how: Training,
+    out: Path,
+    pad: int,
+    resume: bool,
+    tell: OnEvent,
+    teacher: Any = None,
 ) -> dict[str, Any]:
-    """Train the adapters of ``model`` in place; checkpoints and the log go to ``out``.
+    """Train in place what gets gradients in ``model``; checkpoints and the log go to ``out``. With a ``teacher`` the
+    loss is the distance from it.
 
     Returns ``steps``, ``loss_first``, ``loss``, ``step_seconds``. Raises FewbitsError, naming the step, for a loss or
     gradient that is not finite; the parameters are then those of the step before.
@@ -153,7 +161,8 @@ def train(
         optimizer_cls_and_kwargs=_optimizer(how, out),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.loss = Loss(model).check(collate(rows[:1], pad))
+    first = collate(rows[:1], pad)
+    trainer.loss = Loss(model).check(first) if teacher is None else Distance(model, teacher, first)
     if not trainer.loss.chunked:
         tell({"event": "note", "message": "logits of whole batches are made: this model's head is not a plain one"})
     trainer.train(resume_from_checkpoint=None if last is None else str(last))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fewbits.grids import Block, Int, group_index
+from fewbits.grids import Block, Float, Int, group_index
 from fewbits.tensor import Quantized
 
 ROWS = 512
@@ -76,13 +76,13 @@ def of_rows(codes: Tensor, scale: Tensor) -> Iterator[tuple[int, int, Tensor]]:
 def _decoder(q: Quantized) -> Any:
     """A function ``(begin, end) -> W[begin:end]`` where the grid's parameters can be cut by rows, else None."""
     grid: Any = q.grid
-    if isinstance(grid, Int | Block):
+    if isinstance(grid, Int | Float | Block) and all(_cuttable(p, q.shape[0]) for p in q.params.values()):
 
         def cut(begin: int, end: int) -> Tensor:
             share = {n: _rows(p, q.shape[0], begin, end) for n, p in q.params.items()}
             return grid.decode(q.codes[begin:end], share)
 
-        return cut if all(_cuttable(p, q.shape[0]) for p in q.params.values()) else None
+        return cut
     found = grid.looked_up(q.params, q.shape) if hasattr(grid, "looked_up") else None
     if found is None:
         return None

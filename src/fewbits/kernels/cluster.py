@@ -22,7 +22,7 @@ def kmeans(v: Tensor, f: Tensor, k: int) -> Tensor:
         v.ndim == 2 and v.shape == f.shape and v.shape[1] > 0 and k > 0,
         f"kmeans needs v and f of one shape [R, n] and k > 0; got {shape(v)}, {shape(f)} and {k}",
     )
-    v, order = v.detach().float().sort(1, stable=True)
+    v, order = v.detach().float().sort(dim=1, stable=True)
     f = f.detach().float().gather(1, order).contiguous()
     if not native(v, f):
         return reference_kmeans(v, f, k)

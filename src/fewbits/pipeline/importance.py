@@ -64,7 +64,7 @@ def _block(source: Source, i: int, acts: Acts) -> dict[str, Tensor]:
         out = block(acts[b], **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def observe(stage: int, x: Tensor) -> None:
+    def observe(stage: int, batch: int, x: Tensor) -> None:
         squares = x.double().square().reshape(-1, x.shape[-1]).sum(0)
         if not bool(torch.isfinite(squares).all()):
             raise FewbitsError(f"activations are not finite in block {i}; check the model")

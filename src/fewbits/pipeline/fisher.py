@@ -3,7 +3,8 @@
 arXiv 2306.07629, section 4.1: ``F = 1/|D| Σ_d g_d²``, ``g_d`` the gradient of row ``d``'s loss (the mean over its
 tokens) in the original model; squares of single rows, not of their mean. One block is in memory at a time: rows go
 forward in portions whose hidden states between all blocks fit a budget, then backward, each block run again for its
-gradients. Sums are kept in mapped files of the work directory, float32, and only read again when their block is quantized.
+gradients. Sums are kept in mapped files of the work directory, float32, and only read again when their block is
+quantized.
 """
 
 from __future__ import annotations

@@ -206,11 +206,12 @@ class Walk:
                 if keep:
                     acts[batch] = out
 
-    def _forwards(self, block: nn.Module, i: int, acts: Acts) -> tuple[list[Forward], Cut]:
+    def _forwards(self, block: nn.Module, i: int, acts: Acts) -> tuple[Sequence[Forward], Cut]:
         # A router mixes padding with what counts; its experts' products differ in length anyway.
         padded = not any(isinstance(m, Experts) for m in block.modules())
         read, cut = (acts.padded, acts.cut) if padded else (acts.__getitem__, lambda b, x: x)
-        return [lambda b=b: self._call(block, i, read(b)) for b in range(len(acts))], cut
+        forwards = [lambda b=b: self._call(block, i, read(b)) for b in range(len(acts))]
+        return forwards, cut
 
     def _pass(self, block: nn.Module, i: int, acts: Acts) -> None:
         """Move ``acts`` past a block as it is."""

@@ -3,7 +3,8 @@
 Removing a weight is rounding it to zero: the sweep feeds the error back as it does any other. Which ones: those with
 the smallest ``w² / U_jj²`` (``U_jj² = [H_F⁻¹]_jj``, ``w`` as compensated so far), the cost of a zero there (OBS,
 Hassibi and Stork 1992), a ``share`` of each block of columns, or ``n`` of every ``m`` consecutive ones in each row.
-OBD (LeCun et al. 1989) takes ``H`` for diagonal: the smallest ``H_jj w²`` of the whole weight go, and nothing compensates.
+OBD (LeCun et al. 1989) takes ``H`` for diagonal: the smallest ``H_jj w²`` of the whole weight go, and nothing
+compensates.
 
 What is left is rounded to the grid in the same step, which costs nothing more.
 """

@@ -70,4 +70,4 @@ def test_wrong_recipes_are_refused_in_one_line(text, message):
 
 def test_unknown_method():
     with pytest.raises(RequestError, match="did you mean 'gptq'"):
-        methods.method("gptaq")
+        methods.method("gptqq")

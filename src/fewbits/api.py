@@ -33,6 +33,7 @@ def quantize(
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    sparsity: str | None = None,
     activations: str | Activations | None = None,
     kv_cache: str | None = None,
     format: str | None = None,
@@ -56,7 +57,8 @@ def quantize(
 
     ``source`` is a transformers directory, a hub id or an open Source; ``grid`` a name of
     :data:`fewbits.grids.NAMED_GRIDS` or a grid in place of the method's; ``bits``, ``group_size`` and ``symmetric``
-    default to what the method's paper uses (``group_size`` -1 is per channel); ``activations`` is a scheme or the name
+    default to what the method's paper uses (``group_size`` -1 is per channel); ``sparsity`` is how many weights a
+    pruning method makes zero ("0.5", "2:4"); ``activations`` is a scheme or the name
     of one (:data:`fewbits.activations.PRESETS`; "none" leaves inputs alone), by default the method's; ``kv_cache``
     ("int8", "fp8", ...) is written down for the reader; ``format`` is one of :data:`fewbits.formats.LAYOUTS`;
     ``calibration`` a text file, texts, or the name of a fetched asset; ``max_memory`` bytes for activations;
@@ -95,12 +97,17 @@ def quantize(
             f"--lm-head given, but {method + ' decides that itself' if recipe is None else 'the recipe decides'}; "
             "drop --lm-head, or write a rule with match: lm_head at the top of a recipe"
         )
+    if sparsity is not None and (mixed or recipe is not None):
+        raise RequestError(
+            f"--sparsity given, but {method + ' prunes nothing' if recipe is None else 'the recipe decides'}; write it "
+            "as the solver's option of a recipe"
+        )
     if recipe is not None:
         plan = read_recipe(Path(recipe), common)
     elif mixed:
         plan = mixture.plan(method, opened, **common)
     else:
-        plan = methods.plan(method, bits, group_size, symmetric, grid, **common)
+        plan = methods.plan(method, bits, group_size, symmetric, grid, sparsity, **common)
     if activations is not None:
         plan = plan.with_activations(_scheme(activations))
     if lm_head:

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from fewbits.activations import PRESETS, Activations
 from fewbits.errors import RequestError
-from fewbits.grids import NAMED_GRIDS, Bilevel, Grid, Int, clip_ratios
+from fewbits.grids import NAMED_GRIDS, Bilevel, Grid, Int, Int16, Learned, clip_ratios
 from fewbits.plan import Plan, Recipe, Rule
-from fewbits.solve import Exact, Nearest, Solver, Sweep
-from fewbits.split import Outliers, Split
+from fewbits.solve import Exact, Nearest, Sensitive, Solver, Surgeon, Sweep
+from fewbits.split import Largest, Outliers, Split
 from fewbits.transform import Awq, Smooth, Transform
 
 T = TypeVar("T")
@@ -58,6 +58,37 @@ METHODS: dict[str, Method] = {
         Sweep(damp=1.0, order="activation", static=True),
         format="fewbits",
         split=Outliers(0.2),
+    ),
+    "squeezellm": Method(
+        "a table per row, k-means weighted by the Fisher information, nearest (SqueezeLLM)",
+        Learned(3),
+        Sensitive(),
+        format="fewbits",
+    ),
+    "squeezellm-sparse": Method(
+        "the same; the most sensitive and the largest weights kept beside the codes, 0.45 %",
+        Learned(3),
+        Sensitive(),
+        format="fewbits",
+        split=Largest(0.004, 0.0005),
+    ),
+    "sparsegpt": Method(
+        "half of the weights to zero while sweeping (SparseGPT); --grid int4 rounds the others too",
+        Int16(),
+        Sweep(sparsity="0.5"),
+        format="fewbits",
+    ),
+    "obs": Method(
+        "half of the weights to zero, one by one with exact compensation (layers up to 1024 inputs)",
+        Int16(),
+        Surgeon(),
+        format="fewbits",
+    ),
+    "obd": Method(
+        "half of the weights to zero by the diagonal of the Hessian, no compensation",
+        Int16(),
+        Surgeon(compensate=False),
+        format="fewbits",
     ),
     "awq": Method(
         "activation-aware scales, clipping searched, nearest", Int(4, 128, ratios=CLIP), Nearest(True), (Awq(),)
@@ -133,10 +164,17 @@ def plan(
     group_size: int | None,
     symmetric: bool | None,
     grid: str | Grid | None = None,
+    sparsity: str | None = None,
     **rest: object,
 ) -> Plan:
     """The plan of a named method; None keeps the method's default. ``grid`` is a name or a grid of one's own."""
     m = method(name)
+    if sparsity is not None:
+        if not getattr(m.solver, "wants_zero", False):
+            raise RequestError(
+                f"sparsity {sparsity} given, but method {name!r} prunes nothing; use sparsegpt, obs or obd"
+            )
+        m = replace(m, solver=replace(m.solver, sparsity=sparsity))  # type: ignore[type-var]
     given = {"bits": bits, "group": group_size, "symmetric": symmetric}
     chosen = m.grid if grid is None else searched(named(grid), m.grid) if isinstance(grid, str) else grid
     chosen = altered(chosen, {k: v for k, v in given.items() if v is not None}, f"method {name!r}", grid)

@@ -19,9 +19,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from fewbits.activations import Activations, preset
 from fewbits.errors import RequestError
-from fewbits.grids import Bilevel, Block, Float, Grid, Int, Int16, Table, Vectorwise
+from fewbits.grids import Bilevel, Block, Float, Grid, Int, Int16, Learned, Table, Vectorwise
 from fewbits.grids.uniform import SCALE_DTYPES
-from fewbits.solve import Descent, Exact, Nearest, Search, Solver, Sweep
+from fewbits.solve import Descent, Exact, Nearest, Search, Sensitive, Solver, Surgeon, Sweep
+from fewbits.solve.prune import holds_zero, uneven
 from fewbits.split import Largest, Outliers, Split
 from fewbits.tensor import Sparse
 from fewbits.transform import Awq, Smooth, Transform
@@ -31,6 +32,7 @@ KINDS |= {"int16": Int16}
 KINDS |= {"table": Table, "vectorwise": Vectorwise, "block": Block, "search": Search, "smooth": Smooth}
 KINDS |= {"descent": Descent}
 KINDS |= {"bilevel": Bilevel, "outliers": Outliers, "largest": Largest}
+KINDS |= {"learned": Learned, "sensitive": Sensitive, "surgeon": Surgeon}
 KV_CACHES = ("int8", "int4", "int2", "fp8")
 STREAMS = ("quantized", "original")
 
@@ -61,6 +63,15 @@ class Recipe:
                 )
             if shape[1] > Sparse.WIDEST:
                 return f"single weights are kept in layers of up to {Sparse.WIDEST} inputs, this has {shape[1]}"
+        if getattr(self.solver, "by_weight", False) and not getattr(self.grid, "by_weight", False):
+            return f"the grid {type(self.grid).__name__.lower()} cannot weigh single weights; take the grid learned"
+        if getattr(self.solver, "wants_zero", False):
+            if self.split is not None:
+                return "weights that become zero leave none to keep beside the codes; drop the split or the sparsity"
+            if not holds_zero(self.grid):
+                return f"zero is no number of the grid {type(self.grid).__name__.lower()}; take int, int16 or float"
+            if (reason := uneven(self.solver.sparsity, shape[1], self.grid.period)) is not None:  # type: ignore[attr-defined]
+                return reason
         inseparable = getattr(self.grid, "inseparable", None)
         return inseparable(shape) if inseparable and getattr(self.solver, "by_columns", False) else None
 
@@ -113,6 +124,8 @@ class Plan:
             )
         if self.stream == "original" and any(r.recipe and "cross" in r.recipe.needs for r in self.rules):
             raise RequestError("stream 'original' given, but GPTAQ compares both streams; leave it at 'quantized'")
+        if self.transforms and "fisher" in self.needs:
+            raise RequestError("gradients are those of the original weights; SqueezeLLM goes without transforms")
 
     def assign(self, names: Sequence[str]) -> dict[str, Recipe | None]:
         """The recipe of each weight. Raises RequestError for a weight without rule or a rule that matches nothing."""

@@ -24,6 +24,7 @@ class Stats:
 
     ``histogram`` int64 ``[BINS]`` counts magnitudes over all channels, when it was asked for. ``cross [in, in]`` is
     ``Σ (x̃_t - x_t) x_tᵀ``, with ``x̃`` the inputs of the same layer in the original model (GPTAQ); not symmetric.
+    ``fisher [out, in]`` belongs to one weight, not to the inputs: the mean squared gradient of the model's loss.
     """
 
     gram: Tensor
@@ -32,6 +33,7 @@ class Stats:
     count: int = 0
     histogram: Tensor | None = None
     cross: Tensor | None = None
+    fisher: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What solvers made of these sums, for the next layer with the same inputs; forgotten when the sums change."""
 
@@ -46,6 +48,11 @@ class Stats:
             histogram=torch.zeros(BINS, dtype=torch.int64) if "histogram" in needs else None,
             cross=torch.zeros(columns, columns) if "cross" in needs else None,
         )
+
+    @classmethod
+    def nothing(cls) -> Stats:
+        """Of no input at all: what a weight's own statistics are added to."""
+        return cls(torch.zeros(0, 0), None, None)
 
     def update(
         self, x: Tensor, gram_: Callable[[Tensor, Tensor], None] = kernels.gram_, original: Tensor | None = None

@@ -21,6 +21,9 @@ def command(
     ] = None,
     bits: Annotated[int | None, typer.Option(help="Bits per code; default: the method's own.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is a whole row.")] = None,
+    sparsity: Annotated[
+        str | None, typer.Option(metavar="S", help="Weights made zero by sparsegpt, obs, obd: 0.5, or 2:4.")
+    ] = None,
     symmetric: Annotated[
         bool | None,
         typer.Option("--symmetric/--affine", help="Zero point in the middle, or free; default: the format's."),
@@ -95,6 +98,7 @@ def command(
         "bits": bits,
         "group_size": group_size,
         "symmetric": symmetric,
+        "sparsity": sparsity,
         "lm_head": lm_head,
         "activations": activations,
         "kv_cache": kv_cache,

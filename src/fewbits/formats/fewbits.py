@@ -27,7 +27,7 @@ from fewbits.activations import Activations
 from fewbits.errors import CheckpointError, RequestError
 from fewbits.formats import bitpack, common, inputs, sparse
 from fewbits.formats.base import Entry, Refusal
-from fewbits.grids import Bilevel, Float, Grid, Int, Int16, Table, Vectorwise, groups_of
+from fewbits.grids import Bilevel, Float, Grid, Int, Int16, Learned, Table, Vectorwise, groups_of
 from fewbits.grids.double import BLOCK
 from fewbits.tensor import Quantized, Sparse
 
@@ -102,6 +102,10 @@ def _bilevel_params(g: Bilevel, shape: tuple[int, int]) -> dict[str, Spec]:
     return found
 
 
+def _learned_params(g: Learned, shape: tuple[int, int]) -> dict[str, Spec]:
+    return {"table": Spec((shape[0], g.levels), torch.float16)}
+
+
 def _no_reasons(g: Grid, shape: tuple[int, int]) -> Iterator[str]:
     yield from ()
 
@@ -116,6 +120,7 @@ KINDS: dict[str, Kind] = {
     "Table": Kind(Table, ("codebook", "group", "nested"), lambda g: g.bits, _table_params, _no_reasons),
     "Int16": Kind(Int16, ("group",), lambda g: g.bits, _int16_params, _no_reasons),
     "Bilevel": Kind(Bilevel, ("bits", "group", "nested", "rows"), lambda g: g.bits, _bilevel_params, _no_reasons),
+    "Learned": Kind(Learned, ("bits",), lambda g: g.bits, _learned_params, _no_reasons),
     "Vectorwise": Kind(Vectorwise, (), lambda g: g.bits, _vectorwise_params, _no_reasons),
 }
 
@@ -132,7 +137,7 @@ class Fewbits:
     name: ClassVar[str] = "fewbits"
     scale_dtype: ClassVar[str | None] = "float16"
     suffixes: ClassVar[frozenset[str]] = frozenset(
-        {"codes", "scale", "zero", "g_idx", "global", "absmax", "nested", "offset", "input_scale"}
+        {"codes", "scale", "zero", "g_idx", "global", "absmax", "nested", "offset", "input_scale", "table"}
         | {f"{key}_{part}" for key in ("scale", "zero") for part in ("code", "base", "step")}
         | sparse.SUFFIXES
     )

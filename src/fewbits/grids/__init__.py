@@ -4,6 +4,7 @@ from fewbits.grids.base import Grid, Params, group_index, groups_of, spread, tie
 from fewbits.grids.bilevel import Bilevel
 from fewbits.grids.kquant import TYPES as BLOCK_TYPES
 from fewbits.grids.kquant import Block
+from fewbits.grids.learned import Learned
 from fewbits.grids.minifloat import Float
 from fewbits.grids.named import NAMED_GRIDS
 from fewbits.grids.table import Table
@@ -20,6 +21,7 @@ __all__ = [
     "Grid",
     "Int",
     "Int16",
+    "Learned",
     "Params",
     "Table",
     "Vectorwise",

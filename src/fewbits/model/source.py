@@ -238,20 +238,22 @@ class Source:
         self._shell.logits(hidden, self._head[0], _Record(seen))
         return seen[0]
 
-    def tail(self, dtype: torch.dtype = torch.float32, weight: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    def tail(
+        self, dtype: torch.dtype = torch.float32, weight: Tensor | None = None, grad: bool = False
+    ) -> Callable[[Tensor], Tensor]:
         """What follows the last block: ``hidden [..., T, d]`` -> logits ``[..., T, vocabulary]`` float32.
 
         Holds the output head in ``dtype`` as long as it lives, with ``weight [vocabulary, width]`` in place of its own
-        if given. Give few tokens at a time: logits are large.
+        if given. Give few tokens at a time: logits are large. With ``grad`` gradients flow to ``hidden``.
         """
         name, head = self._head[0], self.head(dtype)
         if weight is not None:
             set_weight(head, weight)
 
-        @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
             rows = hidden.reshape(-1, *hidden.shape[-2:])
-            return self._shell.logits(rows, name, head).float().view(*hidden.shape[:-1], -1)
+            with torch.set_grad_enabled(grad):
+                return self._shell.logits(rows, name, head).float().view(*hidden.shape[:-1], -1)
 
         return logits
 

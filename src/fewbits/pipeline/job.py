@@ -25,6 +25,7 @@ from fewbits.formats import Entry, Layout
 from fewbits.model import Source
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.card import card
+from fewbits.pipeline.fisher import Fisher
 from fewbits.pipeline.lane import Emit, Lane, part, share
 from fewbits.pipeline.memory import keep_freed_memory
 from fewbits.pipeline.probe import Probe
@@ -86,6 +87,8 @@ class Job:
                     f"{e.name}: routed experts see other tokens than in the original model, so GPTAQ has no pairs to "
                     "learn from; use --method gptq, or a rule for them"
                 )
+        if (head := recipes.get(source.head_name)) is not None and "fisher" in head.needs:
+            raise RequestError(f"{source.head_name} is outside the blocks: SqueezeLLM has no gradients for it; use rtn")
         layout = formats.writer(plan.format, entries, plan.dtype)
         return cls(source, plan, recipes, layout, **rest)
 
@@ -102,7 +105,7 @@ class Job:
         work = self.begin(out, resume, overwrite)
         with cleaned(work):
             acts, waiting = self.acts(work.path)
-            lane = self.lane(work, acts is not None, waiting)
+            lane = self.lane(work, self.rows is not None, waiting)
             if acts is not None and self.plan.stream == "original":
                 share([lane], acts)
             else:
@@ -124,7 +127,7 @@ class Job:
 
     def lane(self, work: WorkDir, calibrated: bool, waiting: bool) -> Lane:
         """This job as one of the results of a walk."""
-        walk = Walk(self.source, self.plan, self.recipes, self.layout, waiting)
+        walk = Walk(self.source, self.plan, self.recipes, self.layout, waiting, self._fisher(work))
         probe = Probe.start(walk, self.held_out) if self.held_out is not None and calibrated else None
         return Lane(walk, work, probe, self.emit)
 
@@ -184,18 +187,19 @@ class Job:
         return walk.stored_head({k: stored.tensor(k) for k in stored.names()})
 
     def _replay(self, lane: Lane, i: int, acts: Acts | None) -> None:
-        if acts is None:
+        if acts is None and lane.probe is None:
             return
         tensors = lane.stored(i)
         if lane.probe:
             lane.probe.original(i)
-        lane.walk.replay(i, acts, tensors)
+        if acts is not None:
+            lane.walk.replay(i, acts, tensors)
         if lane.probe:
             lane.probe.quantized(i, tensors)
 
     def acts(self, folder: Path) -> tuple[Acts | None, bool]:
         """The activation store, spilled into ``folder``, and whether all batches may wait inside a block at once."""
-        if self.rows is None:
+        if self.rows is None or (self.plan.stream == "quantized" and not self.plan.needs - {"fisher"}):
             return None, True
         rows, tokens = self.rows.shape
         width = int(self.source.text_config.hidden_size)
@@ -219,6 +223,19 @@ class Job:
                 {"event": "note", "message": "memory is short: each block runs once per stage (slower, same result)"}
             )
         return acts, waiting
+
+    def _fisher(self, work: WorkDir) -> Fisher | None:
+        """The Fisher information of the weights whose recipe reads it; None when none does."""
+        if "fisher" not in self.plan.needs or self.rows is None:
+            return None
+        wanted = {name for name, r in self.recipes.items() if r is not None and "fisher" in r.needs}
+        locals_ = [
+            [n for n in self.source.linears(self.source.skeleton(i)) if self.source.disk_name(i, n) in wanted]
+            for i in range(self.source.n_blocks)
+        ]
+        found = Fisher(self.source, locals_, work.path)
+        found.gather(self.rows, self.plan.compute, lambda n, of: self.emit({"event": "fisher", "rows": n, "of": of}))
+        return found
 
     def _outside(self, work: WorkDir) -> list[str]:
         """Everything that belongs to no block, one part per tensor; floats in the dtype of the plan."""

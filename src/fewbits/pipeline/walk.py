@@ -23,6 +23,7 @@ from fewbits.formats import Entry, Layout
 from fewbits.grids import tied
 from fewbits.model import Experts, Site, Source, fold, get_weight, set_weight
 from fewbits.pipeline.acts import Acts
+from fewbits.pipeline.fisher import Fisher
 from fewbits.pipeline.forward import Beside, Cut, Forward, Observe, run
 from fewbits.pipeline.inputs import common_scheme, quantize_inputs, require_finite
 from fewbits.pipeline.precision import PRECISIONS
@@ -53,6 +54,7 @@ class Walk:
     recipes: Mapping[str, Recipe | None]
     layout: Layout
     waiting: bool = True
+    fisher: Fisher | None = None
 
     def quantize(self, i: int, acts: Acts | None, given: Mapping[int, Stats] | None = None) -> Block:
         """Quantize block ``i`` and, unless the plan needs no calibration, move ``acts`` past it.
@@ -76,18 +78,22 @@ class Walk:
 
         def observe(stage: int, batch: int, x: Tensor) -> None:
             here = [recipes[n] for n in stages[stage] if n in recipes]
-            needs = frozenset().union(*(r.needs for r in here))
+            needs = frozenset().union(*(r.needs for r in here)) - {"fisher"}
             if needs:
                 require_finite(x, names[stages[stage][0]], stats[stage].count if stage in stats else 0)
                 scheme = common_scheme(here)  # the solver minimises the error on what the layer will really see
                 original = seen(stage, batch) if "cross" in needs else None
                 self._observe(stats, stage, Inputs(scheme)(x) if scheme and scheme.dynamic else x, needs, original)
 
+        fisher = {} if self.fisher is None else self.fisher.of(i)
+
         def solve(stage: int) -> None:
-            seen = stats.pop(stage, None)
+            inputs = stats.pop(stage, None)
             for local in stages[stage]:
                 if local in recipes:
-                    recipe = recipes[local]
+                    recipe, seen = recipes[local], inputs
+                    if "fisher" in recipe.needs:
+                        seen = replace(inputs or Stats.nothing(), fisher=fisher[local])
                     q, event = solve_one(get_weight(block.get_submodule(local)), recipe, seen)
                     q = replace(q, inputs=inputs_of(recipe, seen, DTYPES[self.plan.dtype], names[local]))
                     set_weight(block.get_submodule(local), q.dense())
@@ -113,7 +119,7 @@ class Walk:
         found = {}
         for stage, names in enumerate(self.source.stages(block)):
             here = [r for n in names if (r := recipes[self.source.disk_name(i, n)]) is not None]
-            found[stage] = fitted.union(*(r.needs for r in here)) if here else frozenset()
+            found[stage] = fitted.union(*(r.needs for r in here)) - {"fisher"} if here else frozenset()
         return found
 
     def gather(self, i: int, acts: Acts, needs: Mapping[int, frozenset[str]]) -> dict[int, Stats]:
@@ -200,7 +206,7 @@ class Walk:
                 if keep:
                     acts[batch] = out
 
-    def _forwards(self, block: nn.Module, i: int, acts: Acts) -> tuple[list[Forward], Cut]:
+    def _forwards(self, block: nn.Module, i: int, acts: Acts) -> tuple[Sequence[Forward], Cut]:
         # A router mixes padding with what counts; its experts' products differ in length anyway.
         padded = not any(isinstance(m, Experts) for m in block.modules())
         read, cut = (acts.padded, acts.cut) if padded else (acts.__getitem__, lambda b, x: x)
@@ -310,7 +316,7 @@ def solve_one(w: Tensor, recipe: Recipe, stats: Stats | None) -> tuple[Quantized
     so.
     """
     w = w.float().contiguous()
-    starved = bool(recipe.solver.needs) and (stats is None or not bool((stats.gram.diagonal() > 0).any()))
+    starved = bool(recipe.solver.needs - {"fisher"}) and (stats is None or not bool((stats.gram.diagonal() > 0).any()))
     solver = Nearest() if starved else recipe.solver
     if stats is not None and not stats.finite():
         raise FewbitsError("activations are not finite during calibration; try --compute fp32, or check the model")
@@ -322,7 +328,7 @@ def solve_one(w: Tensor, recipe: Recipe, stats: Stats | None) -> tuple[Quantized
     event: Event = {"bits_per_weight": q.bits_per_weight(), "shape": list(q.shape)} | dict(q.meta)
     if isinstance(q.residual, Sparse):
         event["kept"] = len(q.residual.values) / w.numel()
-    if stats is not None and not starved:
+    if stats is not None and stats.count and not starved:
         error = q.dense().sub_(w)
         energy = float(loss(w, stats.gram))
         event["error"] = (max(0.0, float(loss(error, stats.gram))) / energy) ** 0.5 if energy > 0 else 0.0

@@ -9,6 +9,8 @@ from fewbits.solve.descent import Descent
 from fewbits.solve.exact import Exact
 from fewbits.solve.nearest import Nearest
 from fewbits.solve.search import Search
+from fewbits.solve.sensitive import Sensitive
+from fewbits.solve.surgeon import Surgeon
 from fewbits.solve.sweep import Sweep
 from fewbits.split import Split
 from fewbits.stats import Stats
@@ -28,4 +30,4 @@ class Solver(Protocol):
         ...
 
 
-__all__ = ["Descent", "Exact", "Nearest", "Search", "Solver", "Sweep"]
+__all__ = ["Descent", "Exact", "Nearest", "Search", "Sensitive", "Solver", "Surgeon", "Sweep"]

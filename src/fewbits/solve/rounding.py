@@ -66,7 +66,7 @@ class Held(Plain):
         return self.grid.fit(torch.cat(parts, 1), importance)
 
     def feedback(self, w: Tensor, u: Tensor, p: Params, index: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-        codes, errors = torch.empty(w.shape, dtype=torch.uint8), torch.empty_like(w)
+        codes, errors = [], torch.empty_like(w)
         for j in range(w.shape[1]):
             column, group = w[:, j : j + 1], p | {"g_idx": index[j : j + 1]}
             code = self.grid.encode(column, group)
@@ -74,8 +74,9 @@ class Held(Plain):
             kept = torch.where(self._held((left / u[j, j]).square(), columns[j]), left, 0).half()
             e = (left - kept.to(w.dtype)) / u[j, j]
             w[:, j + 1 :] -= e[:, None] * u[j, j + 1 :]
-            codes[:, j], errors[:, j], self.kept[:, columns[j]] = code[:, 0], e, kept
-        return codes, errors
+            codes.append(code)
+            errors[:, j], self.kept[:, columns[j]] = e, kept
+        return torch.cat(codes, 1), errors
 
     def residual(self) -> Sparse | None:
         return Sparse.of(self.kept)

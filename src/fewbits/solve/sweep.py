@@ -26,6 +26,7 @@ from torch import Tensor
 from fewbits.errors import FewbitsError, RequestError
 from fewbits.grids import Grid, Params, group_index, tied
 from fewbits.kernels import one_thread
+from fewbits.solve.prune import Pruned, Sparsity
 from fewbits.solve.rounding import Plain, rounding
 from fewbits.split import Split
 from fewbits.stats import Stats
@@ -53,9 +54,20 @@ class Sweep:
     static: bool = False
     importance: bool = True
     cross: float = 0.0
+    sparsity: str = ""
+    """SparseGPT: weights that become zero on the way, a share of them ("0.5") or "2:4"."""
 
     by_columns = True
     splits = True
+
+    def __post_init__(self) -> None:
+        if self.sparsity and Sparsity.parse(self.sparsity).m and self.order != "natural":
+            raise RequestError(f"sparsity {self.sparsity} is of consecutive columns; give order: natural")
+
+    @property
+    def wants_zero(self) -> bool:
+        """Whether zero must be a number of the grid."""
+        return bool(self.sparsity)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -78,7 +90,10 @@ class Sweep:
         columns, free, pivots = w.shape[1], w[:, perm], U.diagonal()[back]
         if self.cross:
             free, U = carried(free, U, self.cross * _cross(stats)[perm][:, perm].to(w.dtype))
-        how = rounding(grid, split, w, pivots, ~dead)
+        if self.sparsity:
+            how: Plain = Pruned(grid, Sparsity.parse(self.sparsity))
+        else:
+            how = rounding(grid, split, w, pivots, ~dead)
         static = self.static or grid.period == -1 or grid.period >= columns
         importance = diagonal if self.importance else None
         if static:

@@ -51,7 +51,11 @@ def heat(tensors: Sequence[Event], key: str, unit: str, digits: int = 4) -> Figu
         "xgap": 1,
         "ygap": 1,
     }
-    layout = {"xaxis": {"title": {"text": "block"}}, "yaxis": {"autorange": "reversed", "type": "category"}}
+    whole = {"dtick": 1} if len(blocks) <= 12 else {}  # no ticks between blocks
+    layout = {
+        "xaxis": {"title": {"text": "block"}} | whole,
+        "yaxis": {"autorange": "reversed", "type": "category"},
+    }
     return {"traces": [trace], "layout": layout}
 
 

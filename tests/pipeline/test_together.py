@@ -77,7 +77,9 @@ def test_carried_statistics_are_those_of_the_transformed_block(family, tmp_path)
 
     inputs: dict[int, list[torch.Tensor]] = {}
     forward = lambda: walk._call(block, 0, before)  # noqa: E731
-    list(run(block, source.stages(block), [forward], lambda s, x: inputs.setdefault(s, []).append(x), lambda s: None))
+    list(
+        run(block, source.stages(block), [forward], lambda s, b, x: inputs.setdefault(s, []).append(x), lambda s: None)
+    )
     assert inputs.keys() == carried.keys()
     for stage, xs in inputs.items():
         x = torch.cat([t.reshape(-1, t.shape[-1]) for t in xs])

@@ -11,6 +11,7 @@ map for the first moment, the unsigned one for the second.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import tempfile
@@ -138,6 +139,10 @@ class _Pages:
                 f"({e.strerror}); free space"
             ) from None
         self.map = mmap.mmap(self.file.fileno(), max(size, 1))
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+            # A page of 2 MiB would come into memory whole for a chunk of it. Kernels without such pages refuse.
+            with contextlib.suppress(OSError):
+                self.map.madvise(mmap.MADV_NOHUGEPAGE)
         self.kept = size if kept is None else kept
 
     def view(self, begin: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -272,12 +277,9 @@ def _compress(x: Tensor, codes: Tensor, absmax: Tensor, table: Codebook) -> None
 
 
 def _kept(memory: int | None, working: int) -> int | None:
-    """Bytes of pages that stay, so that with the ``working`` bytes of a chunk in use ``memory`` is not exceeded.
-
-    An eighth is left free: processes were measured to grow by a tenth more than the pages and temporaries add up to.
-    """
+    """Bytes of pages that stay, so that with the ``working`` bytes of a chunk in use ``memory`` is not exceeded."""
     if memory is None:
         return None
     if memory < working:
         raise RequestError(f"--optimizer-memory {memory} is less than a chunk in use takes; give at least {working}")
-    return max(0, memory - memory // 8 - working) // PAGE * PAGE
+    return (memory - working) // PAGE * PAGE

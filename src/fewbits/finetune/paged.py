@@ -11,7 +11,6 @@ map for the first moment, the unsigned one for the second.
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import tempfile
@@ -32,6 +31,8 @@ CHUNK = 1 << 16
 """Numbers updated at once; a temporary takes 256 KiB."""
 PAGE = mmap.ALLOCATIONGRANULARITY
 _PIECE = 1 << 20
+_FOLIO = 2 << 20
+"""Largest run of pages that the kernel maps at once around one that is touched."""
 
 
 class PagedAdamW(torch.optim.Optimizer):
@@ -67,7 +68,7 @@ class PagedAdamW(torch.optim.Optimizer):
         self._begin = {p: int(b) for p, b in zip(every, begins, strict=True)}
         kind = _Moments8 if bits == 8 else _Moments32
         self._pages = _Pages(
-            kind.size(sum(sizes)), folder, _kept(memory, kind.size(CHUNK) + kind.temporaries * 4 * CHUNK)
+            kind.size(sum(sizes)), folder, _kept(memory, kind.size(CHUNK) + kind.temporaries * 4 * CHUNK + _FOLIO)
         )
         self._moments = kind(self._pages, sum(sizes))
 
@@ -139,21 +140,18 @@ class _Pages:
                 f"({e.strerror}); free space"
             ) from None
         self.map = mmap.mmap(self.file.fileno(), max(size, 1))
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
-            # A page of 2 MiB would come into memory whole for a chunk of it. Kernels without such pages refuse.
-            with contextlib.suppress(OSError):
-                self.map.madvise(mmap.MADV_NOHUGEPAGE)
         self.kept = size if kept is None else kept
 
     def view(self, begin: int, count: int, dtype: torch.dtype) -> Tensor:
         """``count`` numbers from byte ``begin``."""
         return torch.frombuffer(self.map, dtype=dtype, count=count, offset=begin)
 
-    def release(self, begin: int, end: int) -> None:
-        """Bytes ``begin..end`` were used: drop them from memory if they lie beyond the part that is kept."""
-        first = max(begin, self.kept) // PAGE * PAGE
+    def release(self, end: int) -> None:
+        """Bytes up to ``end`` were used: where they reach beyond the part that is kept, drop all of that from memory,
+        since touching a page may have mapped its whole folio, before and behind it.
+        """
         if end > self.kept and hasattr(self.map, "madvise"):
-            self.map.madvise(mmap.MADV_DONTNEED, first, min(-(-end // PAGE) * PAGE, self.size) - first)
+            self.map.madvise(mmap.MADV_DONTNEED, self.kept, self.size - self.kept)
 
     def save(self, path: Path) -> None:
         # file and map are one page cache: what was written through the map is read from the file
@@ -189,7 +187,7 @@ class _Moments32:
         return self.pages.view(8 * begin, n, torch.float32), self.pages.view(8 * begin + 4 * n, n, torch.float32)
 
     def store(self, begin: int, end: int, m: Tensor, v: Tensor) -> None:
-        self.pages.release(8 * begin, 8 * end)
+        self.pages.release(8 * end)
 
 
 class _Moments8:
@@ -217,9 +215,7 @@ class _Moments8:
     def store(self, begin: int, end: int, m: Tensor, v: Tensor) -> None:
         for x, (codes, absmax), table in zip((m, v), self._views(begin, end), (signed(), unsigned()), strict=True):
             _compress(x, codes, absmax, table)
-        blocks = -(-end // BLOCK)
-        self.pages.release(2 * begin, 2 * end)
-        self.pages.release(self.maxima + 8 * (begin // BLOCK), self.maxima + 8 * blocks)
+        self.pages.release(self.maxima + 8 * -(-end // BLOCK))
 
     def _views(self, begin: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
         n, first = end - begin, begin // BLOCK

@@ -65,7 +65,8 @@ def quantize(
     ``compute`` what calibration's products are in, "bf16", "fp32" or "fixed" (13-bit fixed point), by default the
     fastest on this processor; ``dtype`` in which everything that is not quantized is stored; ``lm_head`` quantizes the
     output head too, which a model with tied embeddings cannot; ``stream`` "original" calibrates each block on the
-    original model's activations instead of the "quantized" ones. ``dry_run`` returns the checked job.
+    original model's activations instead of the "quantized" ones. ``dry_run`` returns the checked job, which can be run
+    later if ``calibration`` was named: without, no text is read.
 
     Raises RequestError (the request cannot be carried out), CheckpointError (damaged model); see :mod:`fewbits.errors`.
     """

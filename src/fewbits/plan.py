@@ -117,13 +117,8 @@ class Plan:
             raise RequestError(f"KV cache {self.kv_cache!r} is unknown; allowed: {', '.join(KV_CACHES)}")
         if self.stream not in STREAMS:
             raise RequestError(f"stream {self.stream!r} is unknown; allowed: {', '.join(STREAMS)}")
-        if self.stream == "original" and any(r.recipe and r.recipe.activations for r in self.rules):
-            raise RequestError(
-                "stream 'original' given, but quantized inputs need statistics of what each layer really reads; "
-                "leave it at 'quantized'"
-            )
-        if self.stream == "original" and any(r.recipe and "cross" in r.recipe.needs for r in self.rules):
-            raise RequestError("stream 'original' given, but GPTAQ compares both streams; leave it at 'quantized'")
+        if self.stream == "original" and (why := self.bound_to_quantized):
+            raise RequestError(f"stream 'original' given, but {why}; leave it at 'quantized'")
         if self.transforms and "fisher" in self.needs:
             raise RequestError("gradients are those of the original weights; SqueezeLLM goes without transforms")
 
@@ -140,6 +135,16 @@ class Plan:
         if lost:
             raise RequestError(f"no rule matches {lost[0]!r}; end the rules with one that matches '*'")
         return {n: self.rules[i].recipe for n, i in first.items() if i is not None}
+
+    @property
+    def bound_to_quantized(self) -> str | None:
+        """Why it cannot calibrate on the original stream; None when it can."""
+        recipes = [r.recipe for r in self.rules if r.recipe]
+        if any(r.activations for r in recipes):
+            return "quantized inputs need statistics of what each layer really reads"
+        if any("cross" in r.needs for r in recipes):
+            return "GPTAQ compares both streams"
+        return None
 
     @property
     def needs(self) -> frozenset[str]:

@@ -54,11 +54,9 @@ class Stats:
         """Of no input at all: what a weight's own statistics are added to."""
         return cls(torch.zeros(0, 0), None, None)
 
-    def update(
-        self, x: Tensor, gram_: Callable[[Tensor, Tensor], None] = kernels.gram_, original: Tensor | None = None
-    ) -> None:
-        """Add a batch ``x [..., in]``, in place. ``gram_(G, x)`` does ``G += x^T x``; the default one multiplies
-        bfloat16 exactly and sums in float32.
+    def update(self, x: Tensor, sums: kernels.Sums = kernels.SUMS, original: Tensor | None = None) -> None:
+        """Add a batch ``x [..., in]``, in place, by ``sums``; the default ones multiply bfloat16 exactly and add in
+        float32.
 
         ``original`` of the shape of ``x``, token for token: what the layer sees in the original model. Raises
         RequestError when "cross" is gathered and it is not given.
@@ -69,10 +67,10 @@ class Stats:
                     "cross statistics pair each token with the same one in the original model; give both"
                 )
             change = (original.float() - x.float()).to(x.dtype)
-            kernels.cross_(self.cross, change.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
+            sums.cross_(self.cross, change.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
         x = x.reshape(-1, x.shape[-1])
         self.memo.clear()
-        gram_(self.gram, x)
+        sums.gram_(self.gram, x)
         self.count += len(x)
         if self.abssum is not None and self.absmax is not None and len(x):
             a = x.abs().float()

@@ -88,6 +88,21 @@ def test_gram_is_the_specification(isa, rows, n):
     assert torch.equal(G, G.T)
 
 
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (128, 48), (127, 50), (1000, 130)])
+def test_cross_is_the_specification(isa, rows, n):
+    """Not symmetric, and on the right side: every block, also those below the diagonal."""
+    y, x = make(rows, n), make(rows, n, seed=1)
+    C = torch.eye(n)
+    fixed.fixed_cross_(C, y, x)
+    a, b = reference.fixed_point(y.T).double(), reference.fixed_point(x.T).double()
+    assert torch.allclose(C.double(), torch.eye(n).double() + a @ b.T, rtol=1e-5, atol=1e-5 * rows**0.5)
+    wide = make(rows, 2 * n, seed=2)
+    one, two = torch.zeros(n, n), torch.zeros(n, n)
+    fixed.fixed_cross_(one, wide[:, n:], x)
+    fixed.fixed_cross_(two, wide[:, n:].contiguous(), x)
+    assert torch.equal(one, two)
+
+
 def test_a_massive_row_spoils_its_own_run_only(isa):
     """One token a thousand times larger than the others, as real models have: the other runs are as exact as ever."""
     x = make(512, 64)
@@ -178,6 +193,8 @@ def test_wrong_requests_are_named():
         fixed.fixed_linear(make(3, 4), make(3, 5))
     with pytest.raises(RequestError, match="bias"):
         fixed.fixed_linear(make(3, 4), make(3, 4), make(2))
+    with pytest.raises(RequestError, match=r"y and x float32\[T, n\]"):
+        fixed.fixed_cross_(torch.zeros(4, 4), make(5, 4), make(6, 4))
     with pytest.raises(RequestError, match=r"G float32\[n, n\]"):
         fixed.fixed_gram_(torch.zeros(3, 3), make(5, 4))
     assert "VPMADDWD" in kernels.info()["fixed_linear"].why or kernels.level() == "portable"

@@ -74,17 +74,60 @@ def test_methods_lower_the_output_error(method, llama, tmp_path):
 @pytest.mark.parametrize("compute", ["fp32", "bf16", "fixed"])
 def test_same_bytes_whatever_the_threads_when_the_last_batch_is_short(llama, tmp_path, compute):
     """7 rows of 48 tokens follow a full batch of 85."""
-    before, trees = torch.get_num_threads(), []
-    settings = SMALL | {"samples": 92, "seq_len": 48, "compute": compute}
+    before, trees, distances = torch.get_num_threads(), [], []
+    settings = SMALL | {"samples": 92, "seq_len": 48, "compute": compute, "calibration": [TEXT * 2]}
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             out = tmp_path / f"{threads}"
-            api.quantize(llama, out, method="awq+gptq", format="fewbits", bits=4, **settings)
+            result = api.quantize(llama, out, method="awq+gptq", format="fewbits", bits=4, **settings)
             trees.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
+            distances.append(result.kl)
     finally:
         torch.set_num_threads(before)
     assert trees[0] == trees[1]
+    assert distances[0] == distances[1] and distances[0] is not None  # the model card holds it
+
+
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+def test_fixed_point_takes_every_product(llama, tmp_path, monkeypatch, method):
+    """Layers, attention and statistics of each block; the weights come out near those of float32."""
+    from fewbits.kernels import fixed
+
+    counts = dict.fromkeys(("fixed_linear", "fixed_attention"), 0)
+
+    def counted(name, plain):
+        def call(*args, **rest):
+            counts[name] += 1
+            return plain(*args, **rest)
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(fixed, name, counted(name, getattr(fixed, name)))
+    settings = SMALL | {"samples": 12, "seq_len": 48, "bits": 8, "format": "fewbits", "method": method}
+    for compute in ("fp32", "fixed"):
+        api.quantize(llama, tmp_path / compute, **(settings | {"compute": compute}))
+        if compute == "fp32":
+            assert not any(counts.values())
+    assert counts["fixed_linear"] >= 21 and counts["fixed_attention"] >= 3  # 3 blocks of 7 layers, one batch
+    module = "model.layers.2.mlp.down_proj"  # the last layer: everything before it has left its mark
+    dense = []
+    for compute in ("fp32", "fixed"):
+        stored = Checkpoint.open(tmp_path / compute)
+        layout = formats.detect(json.loads((tmp_path / compute / "config.json").read_text())["quantization_config"])
+        suffixes = formats.modules(stored.names(), layout)[module]
+        dense.append(layout.unpack(module, {x: stored.tensor(f"{module}.{x}") for x in suffixes}).dense())
+    assert float((dense[0] - dense[1]).norm() / dense[0].norm()) < 0.01
+
+
+def test_a_checked_job_without_its_text_does_not_run(llama, tmp_path):
+    """A dry run reads no text that nobody named; running that job must not round everything to nearest."""
+    settings = {k: v for k, v in SMALL.items() if k != "calibration"}
+    job = api.quantize(llama, tmp_path / "out", method="gptq", format="fewbits", dry_run=True, **settings)
+    with pytest.raises(RequestError, match="checked without a text"):
+        job.run(tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])

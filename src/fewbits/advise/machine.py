@@ -72,7 +72,7 @@ class Machine:
         observed = x.to(precision.observed)
         return cls(
             2 * TOKENS * n * n / product,
-            TOKENS * n * n / best(lambda: precision.gram_(gram, observed)),
+            TOKENS * n * n / best(lambda: precision.sums.gram_(gram, observed)),
             source.nbytes / best(source.clone),
         )
 

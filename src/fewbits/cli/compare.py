@@ -32,7 +32,7 @@ def command(
     ] = None,
     ctx: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     windows: Annotated[int, typer.Option(help="Windows of each text.")] = 20,
-    calibration: Annotated[str | None, typer.Option(metavar="SPEC", help="Text file, or c4, wiki, code.")] = None,
+    calibration: Annotated[str, typer.Option(metavar="SPEC", help="Text file, or c4, wiki, code.")] = "c4",
     samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,

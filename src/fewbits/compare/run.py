@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Setting:
     domains: Mapping[str, str] = field(default_factory=dict)
     ctx: int = 2048
     windows: int = 20
-    calibration: str | None = None
+    calibration: str = "c4"
     samples: int = 128
     seq_len: int = 512
     seed: int = 0
@@ -132,15 +132,14 @@ class Comparison:
         return found
 
     def _job(self, cell: Cell, how: Mapping[str, Any]) -> Job:
-        out = self.folder.checkpoint(cell.name)
-        try:
-            job = api.quantize(self.src, out, **cell.options(), **how, stream=self.setting.stream, dry_run=True)
-        except RequestError as e:
-            if "stream 'original'" not in str(e):
-                raise
-            job = api.quantize(self.src, out, **cell.options(), **how, dry_run=True)
+        job = api.quantize(self.src, self.folder.checkpoint(cell.name), **cell.options(), **how, dry_run=True)
         assert isinstance(job, Job)
-        return job
+        if self.setting.stream == job.plan.stream:
+            return job
+        if (why := job.plan.bound_to_quantized) is not None:
+            self._tell({"event": "note", "message": f"{cell.name} is calibrated on the quantized stream: {why}"})
+            return job
+        return replace(job, plan=replace(job.plan, stream=self.setting.stream))
 
     def _emitter(self, name: str) -> Callable[[Event], None]:
         def emit(event: Event) -> None:

@@ -7,8 +7,9 @@ differently.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,7 +30,9 @@ from fewbits.kernels._table import (
 )
 
 __all__ = [
+    "SUMS",
     "Choice",
+    "Sums",
     "cross_",
     "fit_affine",
     "gram_",
@@ -128,6 +131,17 @@ def cross_(C_: Tensor, y: Tensor, x: Tensor) -> None:
     y, x = (t if t.stride(1) == 1 else t.contiguous() for t in (y, x))
     addresses = (C_.data_ptr(), y.data_ptr(), x.data_ptr())
     C.cross(*addresses, len(x), n, y.stride(0), x.stride(0), x.dtype == torch.bfloat16, threads())
+
+
+@dataclass(frozen=True)
+class Sums:
+    """How products of inputs are added up: ``gram_(G, x)`` and ``cross_(C, y, x)``."""
+
+    gram_: Callable[[Tensor, Tensor], None]
+    cross_: Callable[[Tensor, Tensor, Tensor], None]
+
+
+SUMS = Sums(gram_, cross_)
 
 
 def fit_affine(

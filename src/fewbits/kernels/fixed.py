@@ -1,9 +1,9 @@
 """Products of float32 matrices in fixed point, for processors without bfloat16.
 
 Every run of up to ``DEPTH`` values along the dimension that is summed has one scale and codes of 13 bits; the products
-of codes are summed exactly. An error of half a step against the largest value of its run: 5 bits finer than bfloat16
-there, equal to it for values 32 times smaller. AVX2 multiplies twice as many 16-bit integers as float32 in a cycle
-(VPMADDWD), so the floor is half the time of a float32 product.
+of codes are summed exactly. Rounding is off by at most half a step, 2^-13 of the run's largest value: 16 to 32 times
+less than in bfloat16 there, as much for values that many times smaller. AVX2 multiplies twice as many 16-bit integers
+as float32 in a cycle (VPMADDWD), so the floor is half the time of a float32 product.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fewbits.kernels import _table, reference
+from fewbits.kernels import Sums, _table, reference
 from fewbits.kernels._table import register, require, shape
 
 DEPTH, MOST = 128, 4095
@@ -34,6 +34,7 @@ register(
     _uses,
 )
 register("fixed_gram_", "(G: f32[n,n], x: f32[T,n]) -> None, G += x^T x", _uses)
+register("fixed_cross_", "(C: f32[n,n], y: f32[T,n], x: f32[T,n]) -> None, C += y^T x", _uses)
 
 
 def fixed_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -110,6 +111,31 @@ def fixed_gram_(G: Tensor, x: Tensor) -> None:
         _table.C.fixed_gram(G.data_ptr(), x.data_ptr(), len(x), n, x.stride(0), _table.threads())
 
 
+def fixed_cross_(C: Tensor, y: Tensor, x: Tensor) -> None:
+    """``C += y^T x`` in place, not symmetric; ``y`` and ``x`` ``[T, n]`` are each rounded as in :func:`fixed_gram_`.
+
+    Raises RequestError on wrong shapes or dtypes.
+    """
+    n = C.shape[-1]
+    require(
+        C.dtype == x.dtype == y.dtype == torch.float32
+        and C.shape == (n, n)
+        and x.ndim == 2
+        and y.shape == x.shape == (len(x), n),
+        f"fixed_cross_ needs C float32[n, n], y and x float32[T, n]; got {shape(C)}, {shape(y)} and {shape(x)}",
+    )
+    y, x = y.detach(), x.detach()
+    if not _table.native(C, y, x) or not C.is_contiguous():
+        reference.fixed_cross_(C, y, x)
+    elif x.numel():
+        y, x = (t if t.stride(1) == 1 else t.contiguous() for t in (y, x))
+        addresses = (C.data_ptr(), y.data_ptr(), x.data_ptr())
+        _table.C.fixed_cross(*addresses, len(x), n, y.stride(0), x.stride(0), _table.threads())
+
+
+SUMS = Sums(fixed_gram_, fixed_cross_)
+
+
 class FixedPoint(TorchFunctionMode):
     """Within it, linear layers and attention of float32 on the CPU compute in fixed point, wherever what torch is asked
     for is one of the products above; gradients are not recorded."""
@@ -141,7 +167,7 @@ def _takes_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> bool:
-    shaped = query.ndim == 4 and key.shape == value.shape and key.shape[2:] == query.shape[2:]
+    shaped = query.ndim == key.ndim == 4 and key.shape == value.shape == (len(query), key.shape[1], *query.shape[2:])
     heads = shaped and (query.shape[1] == key.shape[1] or (enable_gqa and query.shape[1] % key.shape[1] == 0))
     return heads and _plain(query, key, value) and attn_mask is None and not dropout_p and query.shape[2] >= FEWEST
 

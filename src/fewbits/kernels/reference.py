@@ -115,3 +115,8 @@ def fixed_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool)
     weights = torch.exp(scores - scores.amax(-1, keepdim=True))
     total = weights.sum(-1, keepdim=True)
     return fixed_point(weights) @ fixed_point(v.mT).mT / total
+
+
+def fixed_cross_(C: Tensor, y: Tensor, x: Tensor) -> None:
+    """See :func:`fewbits.kernels.fixed.fixed_cross_`."""
+    cross_(C, fixed_point(y.T).T, fixed_point(x.T).T)

@@ -10,7 +10,7 @@ quantized.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
 from fewbits.model import Source, is_transposed
+from fewbits.pipeline.precision import PRECISIONS
 
 BUDGET = 256 << 20
 """Bytes of hidden states that one portion of rows may take."""
@@ -56,7 +57,7 @@ class Fisher:
         width = int(self.source.text_config.hidden_size)
         per_row = rows.shape[1] * width * 4 * (self.source.n_blocks + 1)
         portion = max(1, BUDGET // per_row)
-        context = _bf16 if compute == "bf16" else nullcontext
+        context = PRECISIONS[compute].differentiable
         for a in range(0, len(rows), portion):
             self._portion(rows[a : a + portion], len(rows), context)
             tell(min(a + portion, len(rows)), len(rows))
@@ -105,7 +106,3 @@ def _weight(module: nn.Module) -> Tensor:
 
 def _first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
     return out[0] if isinstance(out, tuple) else out
-
-
-def _bf16() -> AbstractContextManager[object]:
-    return torch.autocast("cpu", torch.bfloat16)

@@ -114,6 +114,8 @@ class Job:
 
     def begin(self, out: Path, resume: bool = False, overwrite: bool = False) -> WorkDir:
         """The work directory, once everything that can be known to go wrong has been looked at."""
+        if self.rows is None and check_calibrated(self.plan):
+            raise RequestError("this plan needs calibration and was checked without a text; name one with calibration")
         if self.rows is not None:
             keep_freed_memory()
         work = WorkDir(out, resume, overwrite)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fewbits import kernels
 from fewbits.kernels import fixed
@@ -16,16 +15,14 @@ from fewbits.kernels import fixed
 
 @dataclass(frozen=True)
 class Precision:
-    """Forward passes run inside ``context()``; inputs are observed as ``observed`` and added up by ``gram_(G, x)``.
-
-    ``few_rows()`` is entered for passes of few rows, whose products libraries round differently with the number of
-    threads.
+    """Forward passes run inside ``context()``, those that are differentiated inside ``differentiable()``; inputs are
+    observed as ``observed`` and added up by ``sums``.
     """
 
     context: Callable[[], AbstractContextManager[Any]]
     observed: torch.dtype
-    gram_: Callable[[Tensor, Tensor], None]
-    few_rows: Callable[[], AbstractContextManager[Any]] = kernels.one_thread
+    sums: kernels.Sums
+    differentiable: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def _autocast() -> AbstractContextManager[Any]:
@@ -33,9 +30,9 @@ def _autocast() -> AbstractContextManager[Any]:
 
 
 PRECISIONS = {
-    "bf16": Precision(_autocast, torch.bfloat16, kernels.gram_),
-    "fp32": Precision(nullcontext, torch.float32, kernels.gram_),
-    "fixed": Precision(fixed.FixedPoint, torch.float32, fixed.fixed_gram_, nullcontext),
+    "bf16": Precision(_autocast, torch.bfloat16, kernels.SUMS, _autocast),
+    "fp32": Precision(nullcontext, torch.float32, kernels.SUMS),
+    "fixed": Precision(fixed.FixedPoint, torch.float32, fixed.SUMS),
 }
 
 

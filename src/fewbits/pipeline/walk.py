@@ -21,6 +21,7 @@ from fewbits.activations import Inputs, static_scale
 from fewbits.errors import FewbitsError
 from fewbits.formats import Entry, Layout
 from fewbits.grids import tied
+from fewbits.kernels import one_thread
 from fewbits.model import Experts, Site, Source, fold, get_weight, set_weight
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.fisher import Fisher
@@ -183,7 +184,7 @@ class Walk:
 
     def forward(self, block: nn.Module, i: int, hidden: Tensor) -> Tensor:
         """A batch of few rows ``[rows, tokens, width]`` through a block, float32; no thread count changes it."""
-        with PRECISIONS[self.plan.compute].few_rows(), self._precision():
+        with one_thread(), self._precision():  # products of few rows round differently with the number of threads
             return self._call(block, i, hidden)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
@@ -260,7 +261,7 @@ class Walk:
         if stage not in stats:
             stats[stage] = Stats.empty(x.shape[-1], needs)
         precision = PRECISIONS[self.plan.compute]
-        stats[stage].update(x.to(precision.observed), precision.gram_, original)
+        stats[stage].update(x.to(precision.observed), precision.sums, original)
 
     def _transform(self, block: nn.Module, i: int, acts: Acts, recipes: Mapping[str, Recipe]) -> None:
         """Fit every transform at every site to the original block's statistics, then fold all of them in."""

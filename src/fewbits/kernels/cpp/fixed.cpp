@@ -6,46 +6,19 @@
 
 #include <algorithm>
 #include <array>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "bind.hpp"
 #include "cpu.hpp"
 #include "parallel.hpp"
+#include "scratch.hpp"
 
 namespace nb = nanobind;
 
 namespace fewbits {
 namespace {
 
-struct Free {
-    void operator()(void *p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-// Kept by its thread from call to call: the system's zeroing of fresh pages would cost a tenth of the product.
-char *kept(Memory &memory, std::int64_t &size, std::int64_t bytes) {
-    if (size < bytes) {
-        size = 0;
-        memory.reset(static_cast<char *>(std::aligned_alloc(64, bytes)));
-        if (!memory) throw std::bad_alloc();
-        size = bytes;
-    }
-    return memory.get();
-}
-
-char *weight_memory(std::int64_t bytes) {
-    static thread_local Memory memory;
-    static thread_local std::int64_t size = 0;
-    return kept(memory, size, bytes);
-}
-
-char *input_memory(std::int64_t bytes) {
-    static thread_local Memory memory;
-    static thread_local std::int64_t size = 0;
-    return kept(memory, size, bytes);
-}
+// Of the calling thread: what is packed for all; of each thread: what it packs for itself.
+thread_local Scratch shared_memory, own_memory;
 
 // Values in run `chunk` of `all`, rows in panel `panel` of `all`.
 int depth_of(std::int64_t all, std::int64_t chunk) {
@@ -105,6 +78,13 @@ void gram(std::uintptr_t g, std::uintptr_t x, std::int64_t rows, std::int64_t co
              fixed_kernels().gram, threads);
 }
 
+void cross(std::uintptr_t c, std::uintptr_t y, std::uintptr_t x, std::int64_t rows, std::int64_t columns,
+           std::int64_t y_stride, std::int64_t x_stride, int threads) {
+    add_cross({reinterpret_cast<float *>(c), reinterpret_cast<const void *>(y), rows, columns, y_stride, false},
+              {nullptr, reinterpret_cast<const void *>(x), rows, columns, x_stride, false}, fixed_kernels().gram,
+              threads);
+}
+
 }  // namespace
 
 const FixedKernels &fixed_kernels() {
@@ -120,7 +100,7 @@ void fixed_linear(const FixedJob &job, int threads) {
     const std::int64_t rights = (job.out + fixed_panel - 1) / fixed_panel;
     const std::int64_t lefts = (job.tokens + fixed_panel - 1) / fixed_panel;
     const std::int64_t panel_bytes = chunks * fixed_bytes;
-    char *const weight = weight_memory(rights * panel_bytes);
+    char *const weight = shared_memory.get(rights * panel_bytes);
     parallel_for(rights, 1, threads, [&](std::int64_t j, std::int64_t) {
         for (std::int64_t c = 0; c < chunks; ++c) {
             k.pack(job.w + j * fixed_panel * job.w_stride + c * fixed_depth, job.w_stride, rows_of(job.out, j),
@@ -129,7 +109,7 @@ void fixed_linear(const FixedJob &job, int threads) {
     });
     parallel_for(lefts, 1, threads, [&](std::int64_t i, std::int64_t) {
         alignas(64) float out[fixed_panel * fixed_panel];
-        char *const input = input_memory(panel_bytes);
+        char *const input = own_memory.get(panel_bytes);
         for (std::int64_t c = 0; c < chunks; ++c) {
             k.pack(job.x + i * fixed_panel * job.x_stride + c * fixed_depth, job.x_stride, rows_of(job.tokens, i),
                    depth_of(job.columns, c), input + c * fixed_bytes);
@@ -151,7 +131,7 @@ void fixed_attention(const AttentionJob &job, int threads) {
     const std::int64_t width_runs = parts(job.width, fixed_depth), width_panels = parts(job.width, fixed_panel);
     const std::int64_t k_bytes = panels * width_runs * fixed_bytes, v_bytes = runs * width_panels * fixed_bytes;
     const std::int64_t stored = job.batch * job.kv_heads, padded = runs * fixed_depth;
-    char *const keys = weight_memory(stored * (k_bytes + v_bytes)), *const values = keys + stored * k_bytes;
+    char *const keys = shared_memory.get(stored * (k_bytes + v_bytes)), *const values = keys + stored * k_bytes;
     parallel_for(stored * panels, 1, threads, [&](std::int64_t item, std::int64_t) {
         const std::int64_t head = item / panels, p = item % panels;
         const float *k = job.k + head / job.kv_heads * job.k_stride[0] + head % job.kv_heads * job.k_stride[1];
@@ -179,7 +159,7 @@ void fixed_attention(const AttentionJob &job, int threads) {
         const int rows = rows_of(job.tokens, i);
         const std::int64_t out_stride = width_panels * fixed_panel;
         const std::int64_t query_bytes = width_runs * fixed_bytes, score_bytes = fixed_panel * (padded + fixed_panel) * 4;
-        char *const query = input_memory(query_bytes + fixed_bytes + score_bytes + fixed_panel * out_stride * 4);
+        char *const query = own_memory.get(query_bytes + fixed_bytes + score_bytes + fixed_panel * out_stride * 4);
         char *const weights = query + query_bytes;
         float *const scores = reinterpret_cast<float *>(weights + fixed_bytes);
         float *const out = reinterpret_cast<float *>(weights + fixed_bytes + score_bytes);
@@ -215,6 +195,7 @@ void fixed_attention(const AttentionJob &job, int threads) {
 void bind_fixed(nb::module_ &m) {
     m.def("fixed_linear", &linear, nb::call_guard<nb::gil_scoped_release>());
     m.def("fixed_attention", &attention, nb::call_guard<nb::gil_scoped_release>());
+    m.def("fixed_cross", &cross, nb::call_guard<nb::gil_scoped_release>());
     m.def("fixed_gram", &gram, nb::call_guard<nb::gil_scoped_release>());
 }
 

@@ -3,12 +3,10 @@
 #include "gram.hpp"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "cpu.hpp"
 #include "parallel.hpp"
+#include "scratch.hpp"
 
 namespace fewbits {
 namespace {
@@ -23,23 +21,6 @@ const GramKernels &kernels(bool bfloat) {
 #endif
     (void)bfloat;
     return best_kernels(gram_portable, FEWBITS_AVX2(gram_avx2), FEWBITS_AVX512(gram_avx512));
-}
-
-struct Free {
-    void operator()(void *p) const { std::free(p); }
-};
-
-// Kept by the calling thread from call to call: the system's zeroing of fresh pages would cost as much as the product.
-char *scratch(std::int64_t bytes) {
-    static thread_local std::unique_ptr<void, Free> memory;
-    static thread_local std::int64_t size = 0;
-    if (size < bytes) {
-        size = 0;
-        memory.reset(std::aligned_alloc(64, bytes));
-        if (!memory) throw std::bad_alloc();
-        size = bytes;
-    }
-    return static_cast<char *>(memory.get());
 }
 
 // out is added to the block of G at (row, column).
@@ -97,7 +78,8 @@ void add_product(const GramJob &job, const GramJob &right, const GramKernels &k,
     const std::int64_t squares = (panels + panels_per_task - 1) / panels_per_task;
     const std::int64_t chunk_bytes = panels * k.panel_bytes, chunks = (job.rows + k.depth - 1) / k.depth;
     const std::int64_t at_once = std::max<std::int64_t>(1, std::min(chunks, packed_bytes / (operands * chunk_bytes)));
-    char *memory = scratch(operands * at_once * chunk_bytes);
+    static thread_local Scratch packed_rows;
+    char *const memory = packed_rows.get(operands * at_once * chunk_bytes);
     const Packed packed[2] = {{k, panels, memory}, {k, panels, memory + (operands - 1) * at_once * chunk_bytes}};
     for (std::int64_t first = 0; first < chunks; first += at_once) {
         const std::int64_t count = std::min(at_once, chunks - first), items = count * panels;
@@ -129,7 +111,11 @@ void add_gram(const GramJob &job, const GramKernels &k, int threads) {
 }
 
 void add_cross(const GramJob &left, const GramJob &right, int threads) {
-    add_product(left, right, kernels(left.bfloat), threads);
+    add_cross(left, right, kernels(left.bfloat), threads);
+}
+
+void add_cross(const GramJob &left, const GramJob &right, const GramKernels &k, int threads) {
+    add_product(left, right, k, threads);
 }
 
 }  // namespace fewbits

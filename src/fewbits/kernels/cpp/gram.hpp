@@ -34,6 +34,7 @@ void add_gram(const GramJob &job, const GramKernels &k, int threads);
 
 // left.g += left.x^T right.x, of the same shape and type; not symmetric.
 void add_cross(const GramJob &left, const GramJob &right, int threads);
+void add_cross(const GramJob &left, const GramJob &right, const GramKernels &k, int threads);
 
 const GramKernels &gram_portable();
 const GramKernels &gram_avx2();

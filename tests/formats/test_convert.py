@@ -15,7 +15,8 @@ from fewbits.cli import main
 from fewbits.errors import RequestError
 from fewbits.formats import gguf, gguf_import, gguf_model
 from fewbits.formats.carry import twins
-from fewbits.formats.convert import convert, open_reader
+from fewbits.formats.convert import convert
+from fewbits.formats.quantized import open_reader
 from fewbits.grids import Block, Float, Int, Table, Vectorwise, groups_of
 from fewbits.model import Source
 from fewbits.solve import Search

@@ -17,6 +17,7 @@ from fewbits import storage
 from fewbits.cli import VERBS, main
 from fewbits.cli.base import human, size
 from fewbits.errors import CheckpointError, FetchError, QualityError, RequestError
+from tests.tiny import tiny_model, tiny_tokenizer
 
 Capture = pytest.CaptureFixture[str]
 
@@ -67,6 +68,34 @@ def test_help_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
     assert time.perf_counter() - started < 10  # a generous bound on a shared machine: torch alone takes seconds
+
+
+def test_a_command_spares_the_compiler_and_the_distribution_of_torch(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "m", vocab_size=320)
+    tiny_tokenizer(model)
+    code = (
+        "import sys; from fewbits import cli\n"
+        "sys.argv = ['fewbits', 'generate', sys.argv[1], 'a b', '--max-tokens', '2']\n"
+        "assert cli.main() == 0\n"
+        "assert not {'torch._dynamo.utils', 'torch.distributed.tensor'} & set(sys.modules)\n"
+        "from transformers.masking_utils import TransformGetItemToIndex\n"
+        "import torch; x = torch.eye(3)\n"
+        "with TransformGetItemToIndex(): assert torch.vmap(lambda i: x[i, i])(torch.arange(3)).tolist() == [1, 1, 1]\n"
+        "f = torch.compile(lambda x: x + 1, backend='eager'); assert f(torch.ones(1)) == 2\n"
+        "assert 'torch._dynamo.utils' in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_library_leaves_torch_as_it_is(tmp_path: Path) -> None:
+    model = tiny_model("llama", tmp_path / "m")
+    code = (
+        "import sys, torch; kept = torch.compiler.disable, torch.distributed.is_available\n"
+        "import fewbits; from fewbits.cli import main; fewbits.load(sys.argv[1]); main(['inspect', sys.argv[1]])\n"
+        "assert (torch.compiler.disable, torch.distributed.is_available) == kept"
+    )
+    subprocess.run([sys.executable, "-c", code, str(model)], check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from fewbits.cli import (
     report,
 )
 from fewbits.cli.base import explain, interrupted, stderr
+from fewbits.runtime import lean
 
 app = typer.Typer(
     name="fewbits",
@@ -36,6 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 INTERRUPTED = 130
+DISTRIBUTED = {"finetune"}
+"""Verbs that need all of torch."""
 VERBS: dict[str, Callable[..., None]] = {
     "fetch": fetch.command,
     "quantize": quantize.command,
@@ -72,6 +75,8 @@ def _root(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code; every failure is one line on stderr unless ``--debug`` is given."""
     given = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if argv is None and given[0] not in DISTRIBUTED:  # a process of our own
+        lean.spare()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars fill log files
     try:

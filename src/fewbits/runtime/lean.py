@@ -1,0 +1,96 @@
+"""A process that runs one command spares the parts of torch that transformers imports for others.
+
+While it is imported, transformers tells torch's compiler how to treat some functions, imports a mode for masks made by
+``vmap``, and names the classes of distributed tensors; torch's own functions on the meta device ask the compiler not to
+trace them. That alone brings in the compiler, sympy and the distributed operators, a sixth of the time from nothing to
+a first token. Here the compiler is told nothing and comes when something else is wanted of it; the distributed part is
+absent, as in a torch that is built without it. Only the command line does this, in a process of its own: a library must
+leave torch as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+from fewbits.runtime import hook
+
+COMPILER, MASKS = "torch._dynamo", "torch._dynamo._trace_wrapped_higher_order_op"
+REMARKS = ("disable", "allow_in_graph", "assume_constant_result")
+"""What the compiler is told about a function by decorating it."""
+
+
+def spare() -> None:
+    """From now on nothing is distributed in this process; call it before transformers is imported."""
+    hook.around("transformers", before=_stand_in)
+
+
+def _stand_in() -> None:
+    import torch
+
+    if COMPILER in sys.modules:
+        return
+    torch.distributed.is_available = _no
+    for remark in REMARKS:
+        setattr(torch.compiler, remark, _as_it_is)
+    sys.modules[COMPILER] = torch._dynamo = _Compiler(COMPILER)
+    sys.modules[MASKS] = _Masks(MASKS)
+    sys.meta_path.insert(0, _Parts())
+
+
+def _real(name: str) -> ModuleType:
+    """The module itself, imported when the stand-ins have gone."""
+    if isinstance(sys.modules.get(COMPILER), _Compiler):
+        del sys.modules[COMPILER], sys.modules[MASKS], sys.modules["torch"]._dynamo
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _Parts)]
+    return importlib.import_module(name)
+
+
+def _no() -> bool:
+    return False
+
+
+def _as_it_is(fn: Callable[..., Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+    """The function, or a decorator that returns it; the rest says how to compile it."""
+    return (lambda f: f) if fn is None else fn
+
+
+class _Compiler(ModuleType):
+    """Takes remarks about functions and keeps none; anything else comes from the module that it stands for."""
+
+    __path__: Sequence[str] = ()  # type: ignore[assignment]
+
+    def __getattr__(self, name: str) -> Any:
+        return _as_it_is if name in REMARKS else getattr(_real(self.__name__), name)
+
+
+class _Masks(ModuleType):
+    """Whatever is imported from it is a function that fetches the real one when it is called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: getattr(_real(self.__name__), name)(*args, **kwargs)
+
+
+class _Parts(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports a module of the compiler after the compiler itself, and only once."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not fullname.startswith(f"{COMPILER}."):
+            return None
+        _real(fullname)
+        return importlib.machinery.ModuleSpec(fullname, self)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return sys.modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass

@@ -14,6 +14,7 @@ from fewbits.cli import main
 from fewbits.compare import rows
 from fewbits.report import checkpoint, comparison, events, figures, speed
 from tests.report import browser
+from tests.tiny import tiny_model
 
 pytest.importorskip("plotly")
 
@@ -217,6 +218,28 @@ def test_the_page_of_a_run_and_of_a_timing(tmp_path: Path, capsys: pytest.Captur
     how = {"prompt": 8, "tokens": 4, "threads": 2, "dtype": "float32"}
     timed = data(speed.page(one | how | {"reference": one | {"model": "other"}}))
     assert [t["y"] for t in timed["figures"]["decode"]["traces"]] == [[3.0], [3.0]]
+
+
+def test_a_run_keeps_a_log_that_its_page_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    src, out, log = tiny_model("llama", tmp_path / "src"), tmp_path / "out", tmp_path / "logs" / "run.jsonl"
+    quantize = ["quantize", str(src), str(out), "--method", "rtn", "--group-size", "32", "--log", str(log)]
+    assert main([*quantize, "--dry-run"]) == 0 and not log.parent.exists()
+    assert main(quantize) == 0 and main([*quantize, "--overwrite"]) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [e["event"] for e in lines] == ["start", "block", "block", "done"] * 2
+    assert [e["run"] for e in lines] == [1] * 4 + [2] * 4
+    times = [e["t"] for e in lines[:4]]
+    assert times == sorted(times) and all(e["rss"] > 1e7 for e in lines)
+    assert log.name not in {f.name for f in out.iterdir()}
+
+    page = tmp_path / "r.html"
+    assert main(["report", str(out), "--html", str(page), "--log", str(log)]) == 0
+    drawn = data(page.read_text(encoding="utf-8"))["figures"]
+    assert [t["y"] for t in drawn["seconds"]["traces"]] == [[1, 2], [1, 2]]
+    assert drawn["memory"]["traces"][1]["x"] == [e["t"] for e in lines[5:7]]
+    capsys.readouterr()
+    assert main(["report", str(out), "--log", str(tmp_path / "none")]) == 2
+    assert "fewbits quantize --log FILE" in capsys.readouterr().err
 
 
 def test_what_has_no_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from fewbits.cli.base import Debug, Json, Verbose, choice, console, emit, human, number, size, stderr
 from fewbits.cli.gate import Gate
+from fewbits.cli.log import Log
 from fewbits.cli.progress import Progress
 
 
@@ -61,6 +62,9 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done and how large it gets; write nothing.")
     ] = False,
+    log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Times and memory of every step, for `fewbits report --log`.")
+    ] = None,
     max_kl: Annotated[
         float | None, typer.Option(metavar="X", help="Exit 3 when KL from the original is larger.")
     ] = None,
@@ -115,7 +119,7 @@ def command(
         "compute": compute,
         "dry_run": dry_run,
     }
-    result = run(src, out, options, verbose)
+    result = run(src, out, options, verbose, log)
     if dry_run:
         show_plan(src, result, verbose, as_json)
         return
@@ -140,13 +144,19 @@ def known(method: str, format: str | None, grid: str | None = None) -> None:
         choice(grid, NAMED_GRIDS, "grid")
 
 
-def run(src: str, out: Path, options: dict[str, Any], verbose: bool) -> dict[str, Any]:
-    """Quantize with a progress bar; the result as JSON types."""
+def run(src: str, out: Path, options: dict[str, Any], verbose: bool, log: Path | None = None) -> dict[str, Any]:
+    """Quantize with a progress bar; the result as JSON types. ``log`` gets the times of the steps."""
     from fewbits.api import quantize
 
     stderr(f"quantizing {src} with {options['method']} ...")
+    logged = Log(None if options["dry_run"] else log)
     with Progress("quantizing", "block", "blocks", verbose) as progress:
-        result: Any = quantize(src, out, **options, on_event=progress)
+
+        def tell(event: dict[str, Any]) -> None:
+            progress(event)
+            logged(event)
+
+        result: Any = quantize(src, out, **options, on_event=tell)
     return planned(result, out) if options["dry_run"] else dict(result.to_json())
 
 

@@ -18,6 +18,9 @@ def command(
         str | None,
         typer.Option(metavar="SRC", help="The original: adds histograms of weights and inputs, and outliers."),
     ] = None,
+    log: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What quantize --log wrote: adds time and memory over the run.")
+    ] = None,
     text: Annotated[str | None, typer.Option(metavar="FILE", help="Text for the inputs: a file, or c4, wiki.")] = None,
     samples: Annotated[int, typer.Option(help="Rows of that text.")] = 2,
     seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
@@ -30,6 +33,8 @@ def command(
 
         fewbits report ./smollm2-int4 --html report.html --source ./smollm2
 
+        fewbits report ./smollm2-int4 --log run.jsonl
+
         fewbits report ./compared --html compared.html
     """
     from fewbits.compare.folder import IDENTITY
@@ -39,14 +44,19 @@ def command(
         from fewbits.evaluate import distribution
 
         studied = distribution.study(source, text, samples, seq_len)
-    made = comparison(path, studied) if (path / IDENTITY).is_file() else checkpoint(path, studied)
+    if (path / IDENTITY).is_file():
+        if log is not None:
+            raise RequestError(f"--log {log} is for a run of quantize; {path} is a comparison and keeps its own times")
+        made = comparison(path, studied)
+    else:
+        made = checkpoint(path, studied, log)
     html.write_text(made, encoding="utf-8")
     stderr(f"{html}: {human(len(made))}")
     if as_json:
         emit({"html": str(html), "path": str(path), "size_bytes": html.stat().st_size})
 
 
-def checkpoint(path: Path, studied: dict[str, Any] | None) -> str:
+def checkpoint(path: Path, studied: dict[str, Any] | None, log: Path | None = None) -> str:
     """The page of one run."""
     from fewbits.report import checkpoint as pages
     from fewbits.report import events
@@ -55,7 +65,18 @@ def checkpoint(path: Path, studied: dict[str, Any] | None) -> str:
     if not plan.is_file():
         raise RequestError(f"{path} has no {plan.name}; give what `fewbits quantize` or `fewbits compare` wrote")
     run = {"path": path, "events": events.read(path), "plan": plan.read_text(encoding="utf-8")}
-    return pages.page(run | {"distribution": studied})
+    return pages.page(run | {"distribution": studied, "timeline": timeline(log)})
+
+
+def timeline(log: Path | None) -> list[dict[str, Any]]:
+    """Lines of a log; RequestError when there is no such file."""
+    from fewbits.report import events
+
+    if log is None:
+        return []
+    if not log.is_file():
+        raise RequestError(f"no such file: {log}; `fewbits quantize --log FILE` writes one")
+    return events.parse(log.read_text(encoding="utf-8"), log)
 
 
 def comparison(path: Path, studied: dict[str, Any] | None) -> str:

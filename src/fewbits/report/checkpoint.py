@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fewbits.report import distribution, events, figures
+from fewbits.report import distribution, events, figures, timeline
 from fewbits.report.page import COLOURS, Section, build, table
 
 WORST = 15
@@ -13,7 +13,7 @@ WORST = 15
 
 def page(run: Mapping[str, Any]) -> str:
     """One HTML file. ``run`` has ``path``, ``events`` (:func:`fewbits.report.events.read`), ``plan`` (YAML), perhaps
-    ``distribution`` of the original. Raises RequestError without plotly.
+    ``distribution`` of the original and ``timeline`` (events with ``run, t, rss``). Raises RequestError without plotly.
     """
     made = events.tensors(run["events"])
     worst = [[e["name"], f"{e['bits_per_weight']:.3f}", f"{e['error']:.4f}"] for e in events.worst(made, WORST)]
@@ -22,7 +22,7 @@ def page(run: Mapping[str, Any]) -> str:
         "errors": figures.heat(made, "error", "relative output error"),
         "bits": figures.heat(made, "bits_per_weight", "bits per weight", 3),
         "spread": _spread(made),
-    }
+    } | timeline.drawn(run.get("timeline") or [])
     sections = [
         Section(
             "Error by layer",
@@ -37,6 +37,7 @@ def page(run: Mapping[str, Any]) -> str:
             "Give these more bits first.",
             table([["layer", "bits per weight", "error"], *worst]),
         ),
+        *timeline.sections(run.get("timeline") or []),
         *distribution.sections(run.get("distribution")),
         Section("Recipe", "What makes this result again: quantize --recipe FILE.", '<pre id="recipe"></pre>'),
     ]

@@ -28,6 +28,9 @@ def command(
     dropout: Annotated[float, typer.Option(help="Share of the adapters' inputs left out.")] = 0.05,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(r).")] = False,
     dora: Annotated[bool, typer.Option("--dora", help="Learn the norm of every row too (slower).")] = False,
+    init: Annotated[
+        str, typer.Option(help="Adapters at first: zero, or residual: the best part of what rounding lost (LoftQ).")
+    ] = "zero",
     targets: Annotated[
         str, typer.Option(help="Layers with adapters: all-linear, or names as q_proj,v_proj.")
     ] = "all-linear",
@@ -86,7 +89,7 @@ def command(
 
     choice(grid, [*NAMED_GRIDS, *(["ternary"] if method == "qat" else [])], "grid")
     memory = size(optimizer_memory, "--optimizer-memory")
-    adapter = Adapter(r, alpha, dropout, rslora, dora, tuple(t.strip() for t in targets.split(",")))
+    adapter = Adapter(r, alpha, dropout, rslora, dora, tuple(t.strip() for t in targets.split(",")), init)
     rows = Rows(seq_len, packing, truncate, prompts)
     training = Training(
         steps, epochs, batch, accumulate, lr, schedule, warmup, weight_decay, max_grad_norm, optimizer, memory,

@@ -102,12 +102,24 @@ class _Run:
         from fewbits.finetune import adapter as adapters
         from fewbits.finetune import model as bases
         from fewbits.finetune import train
+        from fewbits.finetune.residual import fill
+        from fewbits.model import Source
 
         adapter, rows, training = how
         path = bases.prepare(self.source, self.out, self.method, self.grid, self.tell)
         model, tokenizer = bases.open_base(path, self.method, self.dtype)
         self._ready(model, rows, found)
-        tuned = adapters.attach(model, adapter, _place(self.source), training.seed)
+        residual = adapter.init == "residual"
+        if residual and path == self.source:
+            raise RequestError(
+                f"--init residual needs what rounding lost, and {self.source} is not rounded here; give a dense model "
+                "and --method qlora"
+            )
+        # An adapter that begins as the residual means nothing beside the original.
+        tuned = adapters.attach(model, adapter, _place(path if residual else self.source), training.seed)
+        if residual:
+            share = fill(tuned, Source.open(self.source))
+            self.tell({"event": "note", "message": f"adapters begin with {share:.1%} of what rounding lost"})
         try:
             facts = train.train(tuned, found, training, self.out, _pad(tokenizer), self.resume, self.tell)
         except train.Diverged as e:

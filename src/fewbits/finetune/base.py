@@ -13,6 +13,7 @@ OnEvent = Callable[[dict[str, Any]], None]
 OPTIMIZERS = ("adamw", "paged-adamw", "paged-adamw-8bit")
 SCHEDULES = ("constant", "cosine", "linear")
 METHODS = ("qlora", "lora", "qat")
+BEGINNINGS = ("zero", "residual")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Adapter:
     """Low-rank adapters as peft has them (LoRA, arXiv 2106.09685): ``W + scale * B A`` with ``A [r, in]`` and ``B [out,
     r]``; ``scale`` is ``alpha / r``, with ``rslora`` ``alpha / sqrt(r)``; ``dora`` learns the norm of every row too.
 
-    ``targets`` are last names of layers, or ``all-linear``: every linear layer but the output head.
+    ``targets`` are last names of layers, or ``all-linear``: every linear layer but the output head. ``init`` is what
+    ``B A`` is at first: "zero", or "residual", the best part of that rank of what rounding the base lost (LoftQ).
     """
 
     r: int = 16
@@ -29,8 +31,13 @@ class Adapter:
     rslora: bool = False
     dora: bool = False
     targets: tuple[str, ...] = ("all-linear",)
+    init: str = "zero"
 
     def __post_init__(self) -> None:
+        if self.init not in BEGINNINGS:
+            raise RequestError(f"--init {self.init!r} is unknown; allowed: {', '.join(BEGINNINGS)}")
+        if self.init == "residual" and self.dora:
+            raise RequestError("--init residual changes the norms that --dora starts from; give one of the two")
         if self.r < 1:
             raise RequestError(f"--r {self.r} is not a rank; give 1 or more, 16 is usual")
         if not self.alpha > 0:

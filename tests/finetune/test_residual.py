@@ -1,0 +1,75 @@
+"""Adapters that begin as what rounding lost: against the singular value decomposition, and in a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewbits
+from fewbits.errors import RequestError
+from fewbits.finetune import Adapter, Rows, Training, finetune, load_adapter
+from fewbits.finetune.residual import low_rank
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (8, 8)])
+@pytest.mark.parametrize("r", [1, 5, 8])
+def test_no_matrix_of_that_rank_is_nearer(shape: tuple[int, int], r: int) -> None:
+    torch.manual_seed(0)
+    R = torch.randn(shape, dtype=torch.float64)
+    A, B = low_rank(R, r)
+    U, S, V = torch.linalg.svd(R, full_matrices=False)
+    torch.testing.assert_close(B @ A, U[:, :r] * S[:r] @ V[:r], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(A @ A.T, B.T @ B, rtol=1e-9, atol=1e-9)
+
+
+def test_beyond_the_rank_is_nothing() -> None:
+    R = torch.outer(torch.arange(4.0), torch.ones(3)).double()
+    A, B = low_rank(R, 6)
+    assert A.shape == (6, 3) and B.shape == (4, 6) and not A[1:].any() and not B[:, 1:].any()
+    torch.testing.assert_close(B @ A, R)
+    A, B = low_rank(torch.zeros(4, 3).double(), 2)
+    assert not A.any() and not B.any()
+
+
+def test_a_run_starts_nearer_to_the_original(dense: Path, examples: Path, tmp_path: Path) -> None:
+    ids = torch.arange(3, 99).view(2, 48)
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    notes: list[str] = []
+    out = tmp_path / "tuned"
+    finetune(
+        dense,
+        out,
+        examples,
+        grid="nf4",
+        adapter=Adapter(r=24, alpha=12, init="residual"),
+        rows=Rows(64),
+        training=Training(steps=1, lr=1e-12),
+        on_event=lambda e: notes.append(str(e.get("message"))),
+    )
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(out / "base")
+    share = next(float(n.split("%")[0].split()[-1]) for n in notes if "rounding lost" in n)
+    assert 40 < share < 100
+    want, base = logits(fewbits.load(dense)[0]), logits(fewbits.load(out / "base")[0])
+    began = logits(load_adapter(fewbits.load(out / "base")[0], out))
+    assert (began - want).norm() < 0.8 * (base - want).norm()
+
+
+def test_what_it_cannot_begin_from(dense: Path, examples: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="allowed: zero, residual"):
+        Adapter(init="pissa")
+    with pytest.raises(RequestError, match="one of the two"):
+        Adapter(init="residual", dora=True)
+    for method, source in (("lora", dense), ("qlora", tmp_path / "q")):
+        if method == "qlora":
+            fewbits.quantize(dense, source, method="rtn", group_size=32)
+        with pytest.raises(RequestError, match="is not rounded here"):
+            finetune(source, tmp_path / "o", examples, method=method, adapter=Adapter(init="residual"), rows=Rows(64))
+        assert not (tmp_path / "o").exists()

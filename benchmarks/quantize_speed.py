@@ -270,7 +270,9 @@ def main() -> None:
     finally:
         if args.work is None:
             shutil.rmtree(work)
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    private = {"work", "out", "gptqmodel_python", "llmcompressor_python"}  # places on one machine
+    kept = {key: value for key, value in vars(args).items() if key not in private}
+    settings = {key: value.name if isinstance(value, Path) else value for key, value in kept.items()}
     settings |= {"cpus": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fewbits.cli import main
+from fewbits.cli.log import read
 from fewbits.compare import rows
 from fewbits.report import checkpoint, comparison, events, figures, speed
 from tests.report import browser
@@ -237,6 +238,11 @@ def test_a_run_keeps_a_log_that_its_page_draws(tmp_path: Path, capsys: pytest.Ca
     drawn = data(page.read_text(encoding="utf-8"))["figures"]
     assert [t["y"] for t in drawn["seconds"]["traces"]] == [[1, 2], [1, 2]]
     assert drawn["memory"]["traces"][1]["x"] == [e["t"] for e in lines[5:7]]
+    with log.open("a") as f:
+        f.write('null\n{"event": "block"}\n{"run": 2, "t": 9.')  # a kill in the middle of a line
+    assert main([*quantize, "--overwrite"]) == 0
+    assert [e["run"] for e in read(log)] == [1] * 4 + [2] * 4 + [3] * 4
+    assert main(["report", str(out), "--html", str(page), "--log", str(log)]) == 0
     capsys.readouterr()
     assert main(["report", str(out), "--log", str(tmp_path / "none")]) == 2
     assert "fewbits quantize --log FILE" in capsys.readouterr().err

@@ -70,13 +70,13 @@ def checkpoint(path: Path, studied: dict[str, Any] | None, log: Path | None = No
 
 def timeline(log: Path | None) -> list[dict[str, Any]]:
     """Lines of a log; RequestError when there is no such file."""
-    from fewbits.report import events
+    from fewbits.cli.log import read
 
     if log is None:
         return []
     if not log.is_file():
         raise RequestError(f"no such file: {log}; `fewbits quantize --log FILE` writes one")
-    return events.parse(log.read_text(encoding="utf-8"), log)
+    return read(log)
 
 
 def comparison(path: Path, studied: dict[str, Any] | None) -> str:

@@ -107,14 +107,14 @@ class _Run:
 
         adapter, rows, training = how
         path = bases.prepare(self.source, self.out, self.method, self.grid, self.tell)
-        model, tokenizer = bases.open_base(path, self.method, self.dtype)
-        self._ready(model, rows, found)
         residual = adapter.init == "residual"
         if residual and path == self.source:
             raise RequestError(
                 f"--init residual needs what rounding lost, and {self.source} is not rounded here; give a dense model "
                 "and --method qlora"
             )
+        model, tokenizer = bases.open_base(path, self.method, self.dtype)
+        self._ready(model, rows, found)
         # An adapter that begins as the residual means nothing beside the original.
         tuned = adapters.attach(model, adapter, _place(path if residual else self.source), training.seed)
         if residual:

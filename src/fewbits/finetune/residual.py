@@ -21,10 +21,11 @@ def fill(tuned: Any, source: Source) -> float:
     squared error that they take back.
     """
     before = after = 0.0
+    layers = dict(tuned.base_model.model.named_modules())
     for i in range(source.n_blocks):
         for local, module in source.linears(source.block(i)).items():
-            layer = tuned.base_model.model.get_submodule(f"{source.block_prefix(i)}.{local}")
-            if not isinstance(layer, QuantLora):
+            layer = layers.get(f"{source.block_prefix(i)}.{local}")
+            if not isinstance(layer, QuantLora):  # not a target, or part of a stack of experts
                 continue
             name, R = layer.active_adapters[0], get_weight(module).double() - layer.get_base_layer().dequantize()
             A, B = low_rank(R, layer.r[name])

@@ -2,7 +2,7 @@
 
 While it is imported, transformers tells torch's compiler how to treat some functions, imports a mode for masks made by
 ``vmap``, and names the classes of distributed tensors; torch's own functions on the meta device ask the compiler not to
-trace them. That alone brings in the compiler, sympy and the distributed operators, a sixth of the time from nothing to
+trace them. That alone brings in the compiler, sympy and the distributed operators, a fifth of the time from nothing to
 a first token. Here the compiler is told nothing and comes when something else is wanted of it; the distributed part is
 absent, as in a torch that is built without it. Only the command line does this, in a process of its own: a library must
 leave torch as it is.

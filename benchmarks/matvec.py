@@ -30,7 +30,7 @@ from fewbits.activations import PRESETS, Inputs
 from fewbits.grids import Int
 from fewbits.grids.codebook import codebook
 from fewbits.grids.element import ELEMENTS
-from fewbits.kernels import qlinear, qtable
+from fewbits.kernels import qlinear, qrows, qtable
 from fewbits.runtime import QuantLinear
 from fewbits.tensor import Quantized
 
@@ -76,6 +76,20 @@ def table(size: int, name: str) -> qlinear.PackedWeight:
     return qtable.pack_table(codes, (torch.rand(size, groups) * 0.01).to(kept), values, group)
 
 
+def rows(size: int, bits: int) -> qlinear.PackedWeight:
+    """SqueezeLLM: a table for each row."""
+    codes = torch.randint(0, 2**bits, (size, size), dtype=torch.uint8)
+    return qrows.pack_rows(codes, (torch.randn(size, 2**bits) * 0.01).half())
+
+
+def nested(size: int, bits: int) -> qlinear.PackedWeight:
+    """SpQR without its single weights: scales and zero points of 3 bits in groups of 16."""
+    codes = torch.randint(0, 2**bits, (size, size), dtype=torch.uint8)
+    scale, zero = (torch.randint(0, 8, (size, size // 16), dtype=torch.uint8) for _ in range(2))
+    ranges = torch.rand(-(-size // 16), size // 16, 4).half()
+    return qlinear.pack_nested(codes, scale, zero, ranges, bits, 16)
+
+
 def w8a8(size: int) -> QuantLinear:
     """int8 weights with a scale per row, int8 inputs with a scale per token."""
     codes = torch.randint(1, 256, (size, size), dtype=torch.uint8)
@@ -95,6 +109,8 @@ def ours(size: int, group: int, gigabytes: float, quick: bool) -> dict[str, Prod
     found = {}
     made = {f"int{bits}": partial(ints, size, bits, group) for bits in ((4,) if quick else (4, 2, 3, 8))}
     made |= {name: partial(table, size, name) for name in TABLES if not quick or name != "fp4-bnb"}
+    made |= {f"table per row, {bits} bits": partial(rows, size, bits) for bits in (3, 4)}
+    made |= {"nested scales, 3 bits": partial(nested, size, 3)}
     for name, make in made.items():
         one = make()
         weights = copies(one, gigabytes)
@@ -169,7 +185,7 @@ def report(
             ratios = (a / b * share for a, b in zip(times[name], times[p.against], strict=True))
             found[name]["per_byte_against_int4"] = statistics.median(ratios)
             beside = f"   {found[name]['per_byte_against_int4']:5.2f} x int4 per byte"
-        print(f"{name:20} {t * 1e3:7.3f} ms  {p.nbytes / t / 1e9:5.1f} GB/s  {p.nbytes / bandwidth / t:4.0%}{beside}")
+        print(f"{name:34} {t * 1e3:7.3f} ms  {p.nbytes / t / 1e9:5.1f} GB/s  {p.nbytes / bandwidth / t:4.0%}{beside}")
     return found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewbits.grids import NAMED_GRIDS, Grid, Int, Table
+from fewbits.grids import NAMED_GRIDS, Bilevel, Grid, Int, Learned, Table
 from fewbits.kernels import qlinear, w8a8
 from fewbits.runtime import packing
 from fewbits.runtime.linear import QuantLinear
@@ -15,7 +15,8 @@ from fewbits.tensor import Quantized
 if not qlinear.available():
     pytest.skip("the C++ kernels are not built", allow_module_level=True)
 
-HELD = {n: g for n, g in NAMED_GRIDS.items() if not n.startswith(("mxfp6", "llm", "int16"))}
+HELD: dict[str, Grid] = {n: g for n, g in NAMED_GRIDS.items() if not n.startswith(("mxfp6", "llm", "int16"))}
+HELD |= {f"learned{b}": Learned(b) for b in (2, 3, 4)} | {f"bilevel{b}": Bilevel(b) for b in (2, 3, 4)}
 
 
 def quantized(grid: Grid, shape: tuple[int, int] = (40, 256)) -> Quantized:

@@ -26,6 +26,10 @@ _C: Any = _table.C
 ROWS = 16
 _local = threading.local()
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+SCALES = DTYPES | {torch.uint8: 3}
+"""Of scales in the kernels' order; uint8 ones are codes with what they stand for (:func:`pack_nested`)."""
+UNITS = {2: 16, 3: 32, 4: 8, 8: 4}
+"""Columns of a unit of so many bits, to which groups are filled up."""
 FUSED_ROWS = 16
 """Most rows of ``x`` for which the fused product beats dequantizing."""
 TILE_BLOCKS = {torch.bfloat16: 128, torch.float32: 32}
@@ -37,7 +41,8 @@ float32 gains nothing beyond 512 rows, which stay in the third-level cache."""
 class PackedWeight:
     """A weight ``[out, in]`` in the kernels' order: rows in blocks of 16, one 32-bit lane for each row.
 
-    ``codes`` int32 ``[words]``, ``scale`` float32|float16|bfloat16 and ``zero`` uint8 ``[blocks, groups, 16]``;
+    ``codes`` int32 ``[words]``, ``scale`` float32|float16|bfloat16 and ``zero`` uint8 ``[blocks, groups, 16]``, but
+    where :func:`pack_nested` and ``qrows`` say otherwise;
     ``order`` int32 ``[in]``, the column of the weight at each packed column, or None when they are the same; ``kind``
     the meaning of a code for C++ (integers: their bits); ``table`` float32 ``[16]`` when codes are places in it.
     """
@@ -110,6 +115,23 @@ def pack_weight(
     return pack(stored, codes, group, by_block(scale), by_block(zero.to(torch.uint8)), g_idx)
 
 
+def pack_nested(codes: Tensor, scale: Tensor, zero: Tensor, ranges: Tensor, bits: int, group: int) -> PackedWeight:
+    """Pack ``codes`` uint8 ``[out, in]`` whose scales and zero points are numbers of few bits themselves (SpQR).
+
+    ``scale`` and ``zero`` uint8 ``[out, groups]``; ``ranges`` float16 ``[ceil(out / 16), groups, 4]``: base and step
+    of the scales, then of the zero points, of 16 rows; either is ``base + step * code``. In the kernels' order
+    ``scale`` is uint8 ``[blocks, groups, 24]``, the codes of 16 rows and their ranges. Raises RequestError as
+    :func:`pack_weight`.
+    """
+    group = codes.shape[1] if group == -1 else min(group, codes.shape[1])
+    if not 2 <= bits <= 8:
+        raise RequestError(f"bits {bits} cannot be packed; allowed: 2 to 8")
+    check_params(codes.shape, group, scale=scale, zero=zero)
+    stored = min((b for b in UNITS if bits <= b), key=lambda b: b * -(-group // UNITS[b]) * UNITS[b])
+    nested = torch.cat([by_block(scale), ranges.cpu().contiguous().view(torch.uint8)], -1)
+    return pack(stored, codes, group, nested, by_block(zero), None)
+
+
 def check_params(shape: Sequence[int], group: int, **params: Tensor) -> None:
     """Raise RequestError unless the kernels are there and ``params`` have a value for each group of ``shape``."""
     if not available():
@@ -123,7 +145,7 @@ def check_params(shape: Sequence[int], group: int, **params: Tensor) -> None:
             raise RequestError(
                 f"{name} has shape {tuple(p.shape)}; {out} rows of {columns} columns by {group} need {expected}"
             )
-    if params["scale"].dtype not in DTYPES:
+    if params["scale"].dtype not in SCALES:
         raise RequestError(f"scales of {params['scale'].dtype} cannot be packed; allowed: float32, float16, bfloat16")
 
 
@@ -279,5 +301,5 @@ def rebuild(
 ) -> PackedWeight:
     """The weight of tensors that have the kernels' order."""
     addresses = tuple(0 if t is None else t.data_ptr() for t in (codes, scale, zero, order, table))
-    handle = _C.QLinear(kind, *shape, group, addresses, DTYPES[scale.dtype])
+    handle = _C.QLinear(kind, *shape, group, addresses, SCALES[scale.dtype])
     return PackedWeight(kind, shape, group, codes, scale, zero, order, table, handle)

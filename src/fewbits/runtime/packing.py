@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fewbits.grids import Int, group_index, spread
-from fewbits.kernels import qlinear, qtable
+from fewbits.grids.bilevel import Bilevel
+from fewbits.grids.learned import Learned
+from fewbits.kernels import qlinear, qrows, qtable
 from fewbits.tensor import Quantized
 
 LOOKED_UP = (16, 256)
@@ -27,6 +29,10 @@ def pack(q: Quantized) -> qlinear.PackedWeight | None:
         scale = spread(q.params["scale"], groups, rows).expand(rows, -1)
         zero = spread(q.grid.zero_points(q.params), groups, rows).expand(rows, -1).to(torch.uint8)
         return qlinear.pack_weight(q.codes, scale, zero, q.grid.bits, q.grid.group, g_idx)
+    if isinstance(q.grid, Learned):
+        return qrows.pack_rows(q.codes, q.params["table"]) if q.grid.levels <= 16 else None
+    if isinstance(q.grid, Bilevel):
+        return _nested(q.grid, q)
     grid: Any = q.grid
     found = grid.looked_up(q.params, q.shape) if hasattr(grid, "looked_up") and grid.levels in LOOKED_UP else None
     return None if found is None else qtable.pack_table(q.codes, _narrow(found[1]), found[0], grid.period, g_idx)
@@ -40,6 +46,15 @@ def unpack(grid: Any, packed: qlinear.PackedWeight, kept: dict[str, Tensor]) -> 
     # One row per scale, which is as good as shared ones.
     params = {"scale": scale} | ({} if grid.symmetric else {"zero": zero})
     return Quantized(grid, codes, params if g_idx is None else params | {"g_idx": g_idx})
+
+
+def _nested(grid: Bilevel, q: Quantized) -> qlinear.PackedWeight | None:
+    """The kernels share ranges among the 16 rows that they take at a time."""
+    if grid.nested == 0 or grid.rows != qlinear.ROWS or "g_idx" in q.params:
+        return None
+    names = ("scale_base", "scale_step", "zero_base", "zero_step")
+    ranges = torch.stack([q.params[name] for name in names], -1)
+    return qlinear.pack_nested(q.codes, q.params["scale_code"], q.params["zero_code"], ranges, grid.bits, grid.group)
 
 
 def _narrow(scale: Tensor) -> Tensor:

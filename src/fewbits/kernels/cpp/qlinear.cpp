@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 
 #include <cstring>
+#include <utility>
 
 #include "bind.hpp"
 #include "cpu.hpp"
@@ -30,6 +31,16 @@ Kernels choose() {
 
 Kernels choose_tables() {
     return best_kernels(portable_table_kernels, FEWBITS_AVX2(avx2_table_kernels), FEWBITS_AVX512(avx512_table_kernels));
+}
+
+Kernels choose_row_tables() {
+    return best_kernels(portable_row_table_kernels, FEWBITS_AVX2(avx2_row_table_kernels), FEWBITS_AVX512(avx512_row_table_kernels));
+}
+
+// Place of a column's code in a row of kRowTable: the word, and the shift in it.
+std::pair<int64_t, int> place_by_row(int64_t column) {
+    const int64_t at = column % kRowUnit;
+    return {column / kRowUnit * kRows + at % kRows, int(at / kRows) * 4};
 }
 
 void pack_unit(int bits, const uint8_t* codes, int64_t count, uint32_t* lane) {
@@ -68,6 +79,14 @@ void pack_block(const Weight& w, const uint8_t* codes, uint32_t* packed, int64_t
     std::memset(packed + block * w.block_words(), 0, size_t(w.block_words()) * 4);
     for (int64_t r = 0; r < kRows && block * kRows + r < w.out; ++r) {
         const uint8_t* row = codes + (block * kRows + r) * w.in;
+        if (w.code == kRowTable) {
+            uint32_t* words = packed + block * w.block_words() + r * w.block_words() / kRows;
+            for (int64_t c = 0; c < w.in; ++c) {
+                const auto [word, shift] = place_by_row(c);
+                words[word] |= uint32_t(row[c]) << shift;
+            }
+            continue;
+        }
         each_unit(w, block, [&](int64_t column, int64_t count, int64_t at) {
             uint8_t gathered[32];
             const uint8_t* source = row + column;
@@ -92,6 +111,14 @@ void pack_block(const Weight& w, const uint8_t* codes, uint32_t* packed, int64_t
 void unpack_block(const Weight& w, uint8_t* codes, int64_t block) {
     for (int64_t r = 0; r < kRows && block * kRows + r < w.out; ++r) {
         uint8_t* row = codes + (block * kRows + r) * w.in;
+        if (w.code == kRowTable) {
+            const uint32_t* words = w.codes + block * w.block_words() + r * w.block_words() / kRows;
+            for (int64_t c = 0; c < w.in; ++c) {
+                const auto [word, shift] = place_by_row(c);
+                row[c] = (words[word] >> shift) & 15;
+            }
+            continue;
+        }
         each_unit(w, block, [&](int64_t column, int64_t count, int64_t at) {
             for (int64_t j = 0; j < count; ++j) {
                 row[w.order ? w.order[column + j] : column + j] = unpack_code(w.bits, w.codes + at + r, int(j));
@@ -172,7 +199,7 @@ class Packed {
     }
 
   private:
-    Kernels kernels() const { return w_.code < kTable ? choose() : choose_tables(); }
+    Kernels kernels() const { return w_.code < kTable ? choose() : w_.code == kRowTable ? choose_row_tables() : choose_tables(); }
 
     Weight w_;
 };

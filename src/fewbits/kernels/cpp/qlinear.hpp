@@ -12,7 +12,12 @@
 //
 // Even columns lie in the low half of the lane and odd ones in the high half, because a pair of bfloat16 activations has that
 // order. The top bit of a 3-bit code in 16-bit half h, field shift s of vector v lies at bit 16*h + (s + 2 + v) % 16.
-// Scales (float32, float16 or bfloat16) and zero points (uint8) are stored [block][group][16 rows].
+// Scales (float32, float16 or bfloat16) and zero points (uint8) are stored [block][group][16 rows]. Nested scales (see Nested) are
+// uint8 codes, and so are the zero points then.
+//
+// A table for each row (kRowTable) is the exception, because an instruction looks up in one table: a lane holds 8 codes of one row. A
+// block is its 16 rows one after the other; a row consists of units of 16 lanes, and lane i of a unit has columns i, 16 + i, 32 + i,
+// ... 112 + i of it, from the lowest bits on. Tables are float16 [block][16 rows][16 values].
 #pragma once
 
 #include <cstdint>
@@ -22,13 +27,15 @@ namespace fewbits::qlinear {
 constexpr int kRows = 16;
 constexpr int kMaxBatch = 8;
 
-enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2 };
+enum class Dtype : int { f32 = 0, f16 = 1, bf16 = 2, nested = 3 };
 
-// What a code means: an integer of as many bits (2, 3, 4, 8), an entry of a table of 16 values, a finite FP8 number.
-constexpr int kTable = 20, kE4M3 = 40, kE5M2 = 41;
-constexpr int bits_of(int code) { return code == kTable ? 4 : code >= kE4M3 ? 8 : code; }
-constexpr int unit_columns(int code) { return bits_of(code) == 8 ? 4 : bits_of(code) == 4 ? 8 : code == 2 ? 16 : 32; }
-constexpr int unit_vectors(int code) { return code == 3 ? 3 : 1; }
+// What a code means: an integer of as many bits (2, 3, 4, 8), an entry of a table of 16 values, or of the row's own table, a finite
+// FP8 number.
+constexpr int kTable = 20, kRowTable = 21, kE4M3 = 40, kE5M2 = 41;
+constexpr int bits_of(int code) { return code == kTable || code == kRowTable ? 4 : code >= kE4M3 ? 8 : code; }
+constexpr int kRowUnit = 128;  // columns of a unit of kRowTable
+constexpr int unit_columns(int code) { return code == kRowTable ? kRowUnit : bits_of(code) == 8 ? 4 : bits_of(code) == 4 ? 8 : code == 2 ? 16 : 32; }
+constexpr int unit_vectors(int code) { return code == 3 ? 3 : code == kRowTable ? kRows : 1; }
 
 // The bits of an FP8 number, put where a float32 has its own, are a float32 too small by this power of two; half of it is
 // taken from the activations and half from the scale, so that no product leaves the range.
@@ -51,6 +58,12 @@ struct IntTable {
 };
 
 IntTable int_table(const float* table);  // see qlinear_prepare.cpp
+
+// Scales and zero points of one group of a block: base + step * code (SpQR). bases and steps are float16.
+struct Nested {
+    uint8_t scale[kRows];
+    uint16_t scale_base, scale_step, zero_base, zero_step;
+};
 
 struct Weight {
     const uint32_t* codes;
@@ -114,7 +127,7 @@ struct Kernels {
     int quads = 0;  // up to this many rows, product takes x by four columns of a table's unit (see place_quad)
     // Tables, for up to `few` rows of fixed-point x; null where looking floats up is as fast.
     ProductFn product_small = nullptr;  // small tables: x in bytes (see prepare_small)
-    ProductFn product_wide = nullptr;   // others, in 16 bits: x of 16 bits (see prepare_wide)
+    ProductFn product_wide = nullptr;   // others, in 16 bits: x of 16 bits (see prepare_wide, prepare_row_table)
     int few = 0;
 };
 
@@ -137,5 +150,8 @@ Kernels avx512_bf16_kernels();
 Kernels portable_table_kernels();  // for codes from kTable on
 Kernels avx2_table_kernels();
 Kernels avx512_table_kernels();
+Kernels portable_row_table_kernels();  // for a table of each row
+Kernels avx2_row_table_kernels();
+Kernels avx512_row_table_kernels();
 
 }  // namespace fewbits::qlinear

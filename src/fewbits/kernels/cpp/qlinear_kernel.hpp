@@ -98,11 +98,38 @@ FEWBITS_INLINE vf load_halves(const uint16_t* p) {
 #endif
 }
 
+FEWBITS_INLINE vf bytes_to_floats(const uint8_t* p) {
+#if FEWBITS_W == 8  // GCC takes six instructions for this conversion
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(load<vb>(p), vi), vf);
+#endif
+}
+
+FEWBITS_INLINE vf splat_half(uint16_t h) {
+#if FEWBITS_W == 16
+    return (vf)_mm512_cvtph_ps(_mm256_set1_epi16(short(h)));
+#elif FEWBITS_W == 8
+    return (vf)_mm256_cvtph_ps(_mm_set1_epi16(short(h)));
+#else
+    return splat(half_to_float(h));
+#endif
+}
+
+// base + step * code of W rows. The product is exact, so it does not matter whether the addition is fused with it.
+FEWBITS_INLINE vf nested(const uint8_t* codes, uint16_t base, uint16_t step) {
+    return fma(bytes_to_floats(codes), splat_half(step), splat_half(base));
+}
+
 // Scales of W rows, from element `at` on.
 FEWBITS_INLINE vf load_scale(const Weight& w, int64_t at) {
+    if (w.scale_dtype == Dtype::nested) {
+        const Nested& n = ((const Nested*)w.scale)[at / kRows];
+        return nested(n.scale + at % kRows, n.scale_base, n.scale_step);
+    }
     if (w.scale_dtype == Dtype::f16) return load_halves((const uint16_t*)w.scale + at);
     if (w.scale_dtype == Dtype::f32) return load<vf>((const float*)w.scale + at);
-#if FEWBITS_W == 8  // GCC takes five instructions for this conversion, and six for that of bytes
+#if FEWBITS_W == 8  // GCC takes five instructions for this conversion
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)((const uint16_t*)w.scale + at))), 16);
 #else
     return (vf)(__builtin_convertvector(load<vh>((const uint16_t*)w.scale + at), vu) << 16);
@@ -110,11 +137,11 @@ FEWBITS_INLINE vf load_scale(const Weight& w, int64_t at) {
 }
 
 FEWBITS_INLINE vf load_zero(const Weight& w, int64_t at) {
-#if FEWBITS_W == 8
-    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(w.zero + at))));
-#else
-    return __builtin_convertvector(__builtin_convertvector(load<vb>(w.zero + at), vi), vf);
-#endif
+    if (w.scale_dtype == Dtype::nested) {
+        const Nested& n = ((const Nested*)w.scale)[at / kRows];
+        return nested(w.zero + at, n.zero_base, n.zero_step);
+    }
+    return bytes_to_floats(w.zero + at);
 }
 
 // The table of a weight, in registers where it fits.

@@ -266,6 +266,42 @@ bool prepare_wide(const Weight& w, const Rows& x, Scratch& s, Product& p) {
     return all && !coarse;
 }
 
+// Place of column j of a unit among int16 values, as the AVX2 product meets them: bytes of a vector of lanes are looked up, low and
+// high halves of a byte apart, and widened in the lower and in the upper half of each 128 bits.
+inline int place_in_row(int j) {
+    const int lane = j % kRows, k = j / kRows, vector = lane / 8, l = lane % 8;
+    return ((vector * 2 + k % 2) * 2 + l % 4 / 2) * 16 + l / 4 * 8 + l % 2 * 4 + k / 2;
+}
+
+// x for kRowTable: int16 [units][batch][128] of numbers below 2**14 where 16-bit x loses little by it (see prepare_fixed), else float32
+// [batch][padded].
+ProductFn prepare_row_table(const Kernels& k, const Weight& w, const Rows& x, Scratch& s, Product& p) {
+    const int64_t units = w.units();
+    bool fixed = k.product_wide && x.rows <= k.few && x.dtype != Dtype::f32;
+    if (fixed) {
+        s.pairs.assign(size_t(w.padded() / 2 * x.rows), 0);
+        s.steps.resize(size_t(units * x.rows));
+        auto* out = reinterpret_cast<int16_t*>(s.pairs.data());
+        int place[kRowUnit];
+        for (int j = 0; j < kRowUnit; ++j) place[j] = place_in_row(j);
+        Chunk c;
+        for (int64_t at = 0; fixed && at < units * x.rows; ++at) {
+            const int64_t first = at / x.rows * kRowUnit, left = w.in - first, count = left < kRowUnit ? left : kRowUnit;
+            gather(w, x, at % x.rows, first, count, c.values);
+            fixed = split(c, count, x.dtype, 14) && !c.coarse;
+            s.steps[size_t(at)] = c.step;
+            for (int64_t j = 0; j < count; ++j) out[at * kRowUnit + place[j]] = c.high[j];
+        }
+        p.x = s.pairs.data();
+        p.steps = s.steps.data();
+        if (fixed) return k.product_wide;
+    }
+    s.x.assign(size_t(w.padded() * x.rows), 0.0f);
+    for (int64_t m = 0; m < x.rows; ++m) gather(w, x, m, 0, w.in, s.x.data() + m * w.padded());
+    p.x = s.x.data();
+    return k.product;
+}
+
 ProductFn prepare_table(const Kernels& k, const Weight& w, const Rows& x, Scratch& s, Product& p) {
     if (p.batch > k.few) return nullptr;
     if (w.ints.small) return prepare_small(w, x, s, p) ? k.product_small : nullptr;
@@ -277,6 +313,7 @@ ProductFn prepare_table(const Kernels& k, const Weight& w, const Rows& x, Scratc
 ProductFn prepare(const Kernels& k, const Weight& w, const Rows& x, Product& p) {
     Scratch& s = scratch();
     p.batch = int(x.rows);
+    if (w.code == kRowTable) return prepare_row_table(k, w, x, s, p);
     ProductFn run = w.code == kTable ? prepare_table(k, w, x, s, p) : nullptr;
     if (run) return run;
     run = k.product;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -86,6 +86,8 @@ class Quantized:
       * ``codes.shape == (out, in)`` for scalar grids
       * ``dense() == grid.decode(codes, params) + residual.dense()``, float32 ``[out, in]``
       * ``params == grid.settle(params)`` for grids that quantize their parameters once the codes are chosen
+
+    ``pruned``: many weights are zero on purpose; a layout may then store where the others are, and these alone.
     """
 
     grid: Grid
@@ -94,6 +96,7 @@ class Quantized:
     residual: Residual | None = None
     meta: Mapping[str, float] = field(default_factory=dict, compare=False)
     inputs: Inputs | None = field(default=None, compare=False)
+    pruned: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         settle = getattr(self.grid, "settle", None)
@@ -110,9 +113,17 @@ class Quantized:
         """``(out, in)``."""
         return int(self.codes.shape[0]), int(self.codes.shape[1]) * self.grid.width
 
+    def zeros(self) -> Tensor:
+        """bool ``[out, in]``: the weights whose code is that of zero."""
+        code = self.grid.encode(torch.zeros(self.shape, device=self.codes.device), self.params)
+        return (self.codes == code) & (self.grid.decode(code, self.params) == 0)
+
     def bits_per_weight(self) -> float:
-        """Every parameter counted, the residual and ``g_idx`` too."""
+        """Every parameter counted, the residual and ``g_idx`` too; of pruned weights those left and a bit for each."""
         out, columns = self.shape
         extra: float = 32 * columns if "g_idx" in self.params else 0
+        if self.pruned:
+            grid: Any = self.grid
+            extra -= max(0.0, float(self.zeros().sum()) * grid.bits - out * columns)
         extra += 0 if self.residual is None else self.residual.cost()
         return self.grid.cost(self.shape) + extra / (out * columns)

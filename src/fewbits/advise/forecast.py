@@ -134,10 +134,10 @@ def forecast(job: Job, target: Target | None = None, measure: bool = True) -> Fo
 
 
 def _exact(job: Job) -> bool:
-    """Whether sizes follow from shapes: not those of numbers written as text, nor of what a split will keep."""
+    """Whether sizes follow from shapes: not of numbers written as text, what a split keeps, what pruning leaves."""
     recipes = [r for r in job.recipes.values() if r is not None]
     text = job.plan.format == TEXT and any(getattr(r.grid, "nested", False) for r in recipes)
-    return not text and not any(getattr(r, "split", None) for r in recipes)
+    return not text and not any(getattr(r, "split", None) or getattr(r.solver, "wants_zero", False) for r in recipes)
 
 
 def _cost(job: Job) -> tuple[int, str, float]:

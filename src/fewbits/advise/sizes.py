@@ -31,7 +31,7 @@ the blocks that stay off the grid, ``norms`` vectors (biases too)."""
 
 # The component of a quantized module's tensor, by the last part of its name.
 _PARTS = {
-    "weights": "qweight weight_packed codes weight",
+    "weights": "qweight weight_packed codes filled weight",
     "scales": "scales weight_scale scale absmax weight.absmax SCB nested weight.nested_absmax offset global "
     "weight_global_scale input_scale",
     "zeros": "qzeros weight_zero_point zero",

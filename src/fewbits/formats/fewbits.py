@@ -8,7 +8,7 @@ int32 words, one continuous bitstream per row, least significant first: ``[out, 
 "modules": {name: [out, in]}}]}``; a group whose layers quantize their inputs has ``"activations"`` too, and its
 modules ``<module>.input_scale`` float32 ``[1]`` when that scale is static. Shapes
 stand there, so that a model can be built before a tensor is read. Single weights beside the codes are two more tensors
-(``sparse.py``).
+(``sparse.py``); two stand in place of the codes where pruning left few of them (``pruned.py``).
 
 A new grid is one more :class:`Kind` in ``KINDS``.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fewbits.activations import Activations
 from fewbits.errors import CheckpointError, RequestError
-from fewbits.formats import bitpack, common, inputs, sparse
+from fewbits.formats import bitpack, common, inputs, pruned, sparse
 from fewbits.formats.base import Entry, Refusal
 from fewbits.grids import Bilevel, Float, Grid, Int, Int16, Learned, Table, Vectorwise, groups_of
 from fewbits.grids.double import BLOCK
@@ -140,6 +140,7 @@ class Fewbits:
         {"codes", "scale", "zero", "g_idx", "global", "absmax", "nested", "offset", "input_scale", "table"}
         | {f"{key}_{part}" for key in ("scale", "zero") for part in ("code", "base", "step")}
         | sparse.SUFFIXES
+        | pruned.SUFFIXES
     )
 
     def __post_init__(self) -> None:
@@ -160,7 +161,9 @@ class Fewbits:
         ):
             raise RequestError(f"{name}: format fewbits cannot store it: {reasons[0]}")
         kind = KINDS[type(q.grid).__name__]
-        found = {f"{name}.codes": bitpack.pack(q.codes, kind.code_bits(q.grid))}
+        bits = kind.code_bits(q.grid)
+        found = pruned.pack(name, q.codes, q.zeros(), bits) if q.pruned else None
+        found = found or {f"{name}.codes": bitpack.pack(q.codes, bits)}
         specs = kind.params(q.grid, q.shape)
         for key, spec in specs.items():
             if key not in q.params and spec.optional:
@@ -180,7 +183,6 @@ class Fewbits:
         grid, shape = self.find(name)
         kind = KINDS[type(grid).__name__]
         bits, count = kind.code_bits(grid), shape[1] // grid.width
-        packed = common.tensor(name, tensors, "codes", (torch.int32,), (shape[0], bitpack.words(count, bits)))
         params: dict[str, Tensor] = {}
         for key, spec in kind.params(grid, shape).items():
             if key in tensors or not spec.optional:
@@ -188,8 +190,13 @@ class Fewbits:
         if "g_idx" in params:
             params |= {"g_idx": _checked(name, params["g_idx"], groups_of(shape[1], grid.period))}
         taken = inputs.input_scale(name, tensors, self._inputs.get(name))  # type: ignore[attr-defined]
-        kept = sparse.unpack(name, tensors, shape)
-        return Quantized(grid, bitpack.unpack(packed, bits, count), params, kept, inputs=taken)
+        kept, few = sparse.unpack(name, tensors, shape), bool(pruned.SUFFIXES.intersection(tensors))
+        if few:
+            codes = pruned.unpack(name, tensors, shape, bits, grid, params)
+        else:
+            packed = common.tensor(name, tensors, "codes", (torch.int32,), (shape[0], bitpack.words(count, bits)))
+            codes = bitpack.unpack(packed, bits, count)
+        return Quantized(grid, codes, params, kept, inputs=taken, pruned=few)
 
     def find(self, name: str) -> tuple[Any, tuple[int, int]]:
         """Grid and shape of a module. Raises CheckpointError when the configuration does not have it."""

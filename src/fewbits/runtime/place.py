@@ -21,8 +21,8 @@ from fewbits.model.names import match
 from fewbits.runtime.linear import QuantLinear
 from fewbits.storage import Checkpoint
 
-# The tensor that every quantized module of a layout has.
-MARKS = frozenset({"qweight", "codes", "weight_packed", "weight_scale", "weight.absmax", "SCB"})
+# Every quantized module of a layout has one of them.
+MARKS = frozenset({"qweight", "codes", "filled", "weight_packed", "weight_scale", "weight.absmax", "SCB"})
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Surgeon:
         codes = grid.encode(left, params)
         q = Quantized(grid, codes, params)
         meta = {"loss": float(loss(q.dense().double() - w.double(), H)), "zeros": float(mask.double().mean())}
-        return Quantized(grid, codes, params, meta=meta)
+        return Quantized(grid, codes, params, meta=meta, pruned=True)
 
 
 def _row(w: Tensor, inverse: Tensor, sparsity: Sparsity) -> tuple[Tensor, Tensor]:

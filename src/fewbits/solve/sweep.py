@@ -106,7 +106,8 @@ class Sweep:
         if self.order == "activation" and not static:
             params = params | {"g_idx": index[back].int()}
         meta = {"loss": float(loss), "damp": used["damp"], "float64": used["float64"], "dead": float(dead.sum())}
-        return Quantized(grid, codes[:, back].contiguous(), params, how.residual(), meta=meta)
+        codes = codes[:, back].contiguous()
+        return Quantized(grid, codes, params, how.residual(), meta=meta, pruned=bool(self.sparsity))
 
     def _factored(self, stats: Stats, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[str, float], Tensor]:
         """The order of the columns, U in that order, the gram's diagonal, how U came about, and which columns are dead.

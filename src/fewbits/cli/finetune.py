@@ -23,7 +23,7 @@ def command(
     grid: Annotated[
         str, typer.Option(help="Numbers of the base, or of qat: nf4-dq, int4 ...; for qat also ternary.")
     ] = "nf4-dq",
-    r: Annotated[int, typer.Option("--r", help="Rank of the adapters.")] = 16,
+    r: Annotated[int, typer.Option("--r", "--rank", help="Rank of the adapters.")] = 16,
     alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / r.")] = 16,
     dropout: Annotated[float, typer.Option(help="Share of the adapters' inputs left out.")] = 0.05,
     rslora: Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(r).")] = False,
@@ -82,9 +82,11 @@ def command(
 
         fewbits finetune ./model ./int3 --method qat --grid int3 --data self --steps 300 --lr 2e-5
 
+        torchrun --nproc-per-node 2 -m fewbits finetune ./model ./tuned --data d.jsonl
+
     An interrupted run goes on with the same command and --resume.
     """
-    from fewbits.finetune import Adapter, Qat, Rows, Training, finetune
+    from fewbits.finetune import Adapter, Qat, Rows, Training, finetune, ranks
     from fewbits.grids import NAMED_GRIDS
 
     choice(grid, [*NAMED_GRIDS, *(["ternary"] if method == "qat" else [])], "grid")
@@ -111,6 +113,8 @@ def command(
             overwrite=overwrite,
             on_event=progress,
         )
+    if not ranks.first():
+        return
     report(result.to_json())
     if as_json:
         emit(result.to_json())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbits.errors import FewbitsError, RequestError
-from fewbits.finetune import base
+from fewbits.finetune import base, ranks
 from fewbits.finetune.base import METHODS, Adapter, OnEvent, Qat, Result, Rows, Training
 from fewbits.pipeline.job import peak_rss
 
@@ -49,13 +49,16 @@ def finetune(
     ``out`` also gets ``log.jsonl`` (a line per step) and ``checkpoints``; ``resume`` goes on from the last whole one.
     Raises RequestError for requests and data that are wrong, FewbitsError, naming the step, for a loss that is not
     finite: what was good before it is kept.
+
+    In several processes (torchrun, accelerate launch) each trains on rows of its own, ``training.batch`` at a time.
     """
     for package in ("accelerate",) if method == "qat" else ("peft", "accelerate"):
         base.require(package)
     if method not in METHODS:
         raise RequestError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
     started = time.perf_counter()
-    run = _Run(str(source), Path(out), method, grid, dtype, on_event or (lambda event: None))
+    tell = on_event if on_event is not None and ranks.first() else lambda event: None
+    run = _Run(str(source), Path(out), method, grid, dtype, tell)
     how = (adapter or Adapter(), rows or Rows(), training or Training(), qat or Qat())
     facts = run.carry_out(data, how, resume, overwrite)
     return Result(
@@ -84,17 +87,19 @@ class _Run:
         request |= {"grid": self.grid, "dtype": self.dtype, "rows": asdict(rows), "training": asdict(training)}
         request |= {"qat": asdict(qat)} if self.method == "qat" else {"adapter": asdict(adapter)}
         request = json.loads(json.dumps(request))
-        self.resume = _check(self.out, request, resume, overwrite)
+        self.resume = ranks.of_first(ranks.first() and _check(self.out, request, resume, overwrite))
         own = self.method == "qat" and str(data) == SELF
         found = [] if own else texts.read(data, tokenizer_of(self.source), rows)
         request["rows_sha256"] = _digest(found)
-        _start(self.out, request, self.resume)
+        if ranks.first():
+            _start(self.out, request, self.resume)
+        ranks.wait()
         try:
             if self.method == "qat":
                 return self._qat(found, (rows, training, qat))
             return self._adapters(found, (adapter, rows, training))
         except RequestError:
-            if not self.resume:
+            if not self.resume and ranks.first():
                 shutil.rmtree(self.out, ignore_errors=True)
             raise
 
@@ -106,7 +111,11 @@ class _Run:
         from fewbits.model import Source
 
         adapter, rows, training = how
+        if not ranks.first():
+            ranks.wait()
         path = bases.prepare(self.source, self.out, self.method, self.grid, self.tell)
+        if ranks.first():
+            ranks.wait()
         residual = adapter.init == "residual"
         if residual and path == self.source:
             raise RequestError(
@@ -124,7 +133,8 @@ class _Run:
             facts = train.train(tuned, found, training, self.out, _pad(tokenizer), self.resume, self.tell)
         except train.Diverged as e:
             raise FewbitsError(f"{e}; {_keep(tuned, self.out, e)}; lower --lr, or check the data") from None
-        tuned.save_pretrained(str(self.out))
+        if ranks.first():
+            tuned.save_pretrained(str(self.out))
         return facts | {"base": path, "rows": len(found), "trainable": base.trainable(tuned)}
 
     def _qat(self, found: Any, how: tuple[Rows, Training, Qat]) -> dict[str, Any]:
@@ -148,7 +158,8 @@ class _Run:
                 raise FewbitsError(f"{e}; the step before broke the model; lower --lr") from None
             qat.write(model, source, grid, what, self.out)
             raise FewbitsError(f"{e}; the model as it was before it is in {self.out}; check the data") from None
-        facts |= qat.write(model, source, grid, what, self.out)
+        if ranks.first():
+            facts |= qat.write(model, source, grid, what, self.out)
         return facts | {"base": self.source, "rows": len(found), "trainable": base.trainable(model)}
 
     def _ready(self, model: Any, rows: Rows, found: Any) -> None:

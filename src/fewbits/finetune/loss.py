@@ -21,6 +21,8 @@ from fewbits.finetune.data import IGNORED
 CHUNK = 256
 """Predictions whose logits exist at once."""
 PROBE = 16
+SCORED = "scored"
+"""Keyword with which a hooked model gives the loss of a batch: the number of predictions to divide by, or None."""
 
 Score = Callable[[Tensor, slice], Tensor]
 
@@ -60,6 +62,7 @@ class Loss:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.decoder, self.linear = inner.get_decoder(), inner.get_output_embeddings()
         text = inner.config.get_text_config()
+        self.inner = inner
         self.scale = float(getattr(text, "logit_scale", None) or 1) / float(getattr(text, "logits_scaling", None) or 1)
         self.cap = float(getattr(text, "final_logit_softcapping", None) or 0)
         self.chunked = False
@@ -78,6 +81,18 @@ class Loss:
             self.chunked = torch.allclose(self._by_chunks(few, None), own.float(), rtol=1e-3, atol=1e-4)
         self.model.train(training)
         return self
+
+    def hook(self) -> None:
+        """Let the model's own forward pass give this loss where it is called with ``SCORED``."""
+        forward = self.inner.forward
+
+        def scored(*args: Any, **given: Any) -> Any:
+            if SCORED not in given:
+                return forward(*args, **given)
+            count = given.pop(SCORED)
+            return self({k: v for k, v in given.items() if v is not None}, count)
+
+        self.inner.forward = scored
 
     def __call__(self, batch: Mapping[str, Tensor], count: Tensor | int | None = None) -> Tensor:
         """The sum over the batch divided by ``count`` predictions; None: by those that are learned."""

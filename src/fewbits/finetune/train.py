@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from fewbits.errors import FewbitsError
+from fewbits.finetune import ranks
 from fewbits.finetune.base import OnEvent, Training
 from fewbits.finetune.data import Row, collate
-from fewbits.finetune.loss import Distance, Loss
+from fewbits.finetune.loss import SCORED, Distance, Loss
 from fewbits.finetune.paged import PagedAdamW
 from fewbits.pipeline.job import peak_rss
 
@@ -56,7 +57,13 @@ class _Trainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        loss = self.loss(inputs, num_items_in_batch)
+        # Through the model that Trainer wrapped: what gathers gradients from other processes watches its forward pass.
+        loss = (
+            model(**inputs, **{SCORED: num_items_in_batch})
+            if ranks.several()
+            else self.loss(inputs, num_items_in_batch)
+        )
+        loss = loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
         if not math.isfinite(loss.item()):
             raise Diverged(self.state.global_step + 1, "the loss", self._sound())
         self.before = inputs
@@ -102,7 +109,7 @@ class _Watch(TrainerCallback):
         self.spent = time.process_time() - self.cpu
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-        if "loss" not in logs:
+        if "loss" not in logs or not ranks.first():
             return
         self.losses.append(logs["loss"])
         line = {
@@ -122,9 +129,11 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         optimizer = getattr(rest["optimizer"], "optimizer", rest["optimizer"])
-        if isinstance(optimizer, PagedAdamW):
+        if ranks.first() and isinstance(optimizer, PagedAdamW):
             optimizer.save_pages(folder / PAGES)
-        (folder / WHOLE).touch()
+        ranks.wait()  # every process adds the state of its random numbers
+        if ranks.first():
+            (folder / WHOLE).touch()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -150,7 +159,8 @@ def train(
     gradient that is not finite; the parameters are then those of the step before.
     """
     last = newest(out / CHECKPOINTS) if resume else None
-    _cut(out / LOG, 0 if last is None else int(last.name.split("-")[1]))
+    if ranks.first():
+        _cut(out / LOG, 0 if last is None else int(last.name.split("-")[1]))
     watch = _Watch(out, tell)
     trainer = _Trainer(
         model=model,
@@ -165,7 +175,10 @@ def train(
     trainer.loss = Loss(model).check(first) if teacher is None else Distance(model, teacher, first)
     if not trainer.loss.chunked:
         tell({"event": "note", "message": "logits of whole batches are made: this model's head is not a plain one"})
+    if ranks.several():
+        trainer.loss.hook()
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    ranks.wait()
     losses = [json.loads(line)["loss"] for line in (out / LOG).read_text().splitlines()]
     return {
         "steps": trainer.state.global_step,

@@ -14,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -91,21 +93,33 @@ def busy_seconds() -> float:
 
 def timed(command: list[str], threads: int) -> Row:
     """Run to the end: wall and CPU seconds, seconds of everybody else, largest resident size."""
-    wall, busy = time.perf_counter(), busy_seconds()
-    process = subprocess.Popen(
-        command,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    said = process.stderr.read() if process.stderr else b""
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command[0]} failed: {said.decode(errors='replace')[-800:]}")
+    wall, busy, peak = time.perf_counter(), busy_seconds(), 0
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=subprocess.DEVNULL, stderr=said
+        )
+        while True:
+            peak = max(peak, high_water(process.pid))
+            done, status, used = os.wait4(process.pid, os.WNOHANG)
+            if done:
+                break
+            time.sleep(0.02)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"{command[0]} failed: {said.read().decode(errors='replace')[-800:]}")
     wall, cpu = time.perf_counter() - wall, used.ru_utime + used.ru_stime
     other = max(0.0, busy_seconds() - busy - cpu)
-    return {"wall_s": wall, "cpu_s": cpu, "other_cpu_s": other, "peak_rss_bytes": used.ru_maxrss * 1024}
+    return {"wall_s": wall, "cpu_s": cpu, "other_cpu_s": other, "peak_rss_bytes": peak}
+
+
+def high_water(pid: int) -> int:
+    """Most that a process has held so far; getrusage would count what this one held when it forked."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
 
 
 def differing(ours: Path, theirs: Path) -> list[str]:

@@ -36,7 +36,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     training = Training(
         steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed, checkpointing=args.checkpointing,
-        save_steps=10**9,
+        save_steps=10**9, keep_products=args.keep_products,
     )  # fmt: skip
     adapter, rows = Adapter(r=args.r, alpha=args.r, dropout=0.0), Rows(args.seq_len)
     found = finetune(args.model, out, args.data, training=training, adapter=adapter, rows=rows, dtype="float32")
@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--keep-products", action=argparse.BooleanOptionalAction, help="ours: see fewbits finetune")
     parser.add_argument("--dense", action="store_true", help="peft's LoRA on the unquantized model too")
     parser.add_argument("--only-ours", action="store_true")
     args = parser.parse_args()

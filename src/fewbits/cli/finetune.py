@@ -59,6 +59,13 @@ def command(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations: less memory, slower.")
     ] = True,
+    keep_products: Annotated[
+        bool | None,
+        typer.Option(
+            "--keep-products/--no-keep-products",
+            help="Recompute all but the outputs of adapted layers: faster, more memory; default: without a GPU.",
+        ),
+    ] = None,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     seed: Annotated[int, typer.Option(help="Of adapters, order and dropout.")] = 0,
     dtype: Annotated[str | None, typer.Option(help="Computed in: float32, bfloat16; default: the faster here.")] = None,
@@ -95,7 +102,7 @@ def command(
     rows = Rows(seq_len, packing, truncate, prompts)
     training = Training(
         steps, epochs, batch, accumulate, lr, schedule, warmup, weight_decay, max_grad_norm, optimizer, memory,
-        checkpointing, save_steps, seed,
+        checkpointing, save_steps, seed, keep_products,
     )  # fmt: skip
     with Progress("training", "step", "steps") as progress:
         result = finetune(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fewbits.errors import CheckpointError, RequestError
+from fewbits.finetune import replay
 from fewbits.finetune.base import Adapter
 from fewbits.model import is_linear, locate
 from fewbits.runtime import QuantLinear
@@ -32,11 +33,16 @@ class _Adapted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor, A: Tensor, B: Tensor, scale: float, layer: QuantLinear) -> Tensor:
         ctx.layer, ctx.scale, ctx.shape, ctx.same = layer, scale, x.shape, z is x
-        y, z = layer.product(x), z.reshape(-1, z.shape[-1])
+        z = z.reshape(-1, z.shape[-1])
         u = z @ A.t()
-        y.view(-1, y.shape[-1]).addmm_(u, B.t(), alpha=scale)
         ctx.save_for_backward(z, u, A, B)
-        return y
+
+        def product() -> Tensor:
+            y = layer.product(x)
+            y.view(-1, y.shape[-1]).addmm_(u, B.t(), alpha=scale)
+            return y
+
+        return replay.once(product)
 
     @staticmethod
     @once_differentiable

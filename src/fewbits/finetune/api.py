@@ -17,7 +17,7 @@ from fewbits.pipeline.job import peak_rss
 
 REQUEST = "finetune.json"
 SELF = "self"
-FREE = ("save_steps",)
+FREE = ("save_steps", "keep_products")
 """Settings that may differ when a run goes on."""
 
 

@@ -68,6 +68,8 @@ class Rows:
 class Training:
     """Steps, optimizer and schedule. ``steps`` None means ``epochs`` passes over the rows; a step is ``batch`` rows
     times ``accumulate``. ``optimizer_memory`` are bytes of states kept resident by the paged optimizers, None for all.
+    ``checkpointing`` computes blocks again in the backward pass, all but the outputs of layers with adapters if these
+    are kept: ``keep_products``, None where there is no GPU.
     """
 
     steps: int | None = None
@@ -84,6 +86,7 @@ class Training:
     checkpointing: bool = True
     save_steps: int = 50
     seed: int = 0
+    keep_products: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch", "accumulate", "save_steps", "epochs", "lr"):

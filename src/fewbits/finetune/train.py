@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import re
@@ -19,7 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from fewbits.errors import FewbitsError
-from fewbits.finetune import ranks
+from fewbits.finetune import ranks, replay
 from fewbits.finetune.base import OnEvent, Training
 from fewbits.finetune.data import Row, collate
 from fewbits.finetune.loss import SCORED, Distance, Loss
@@ -161,6 +160,8 @@ def train(
     last = newest(out / CHECKPOINTS) if resume else None
     if ranks.first():
         _cut(out / LOG, 0 if last is None else int(last.name.split("-")[1]))
+    if how.checkpointing:
+        _compute_again(model, how.keep_products)
     watch = _Watch(out, tell)
     trainer = _Trainer(
         model=model,
@@ -208,7 +209,6 @@ def _arguments(how: Training, out: Path, rows: int) -> TrainingArguments:
         weight_decay=how.weight_decay,
         max_grad_norm=how.max_grad_norm,
         optim="adamw_torch",
-        **_checkpointing(how.checkpointing),
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps",
@@ -224,11 +224,12 @@ def _arguments(how: Training, out: Path, rows: int) -> TrainingArguments:
     )
 
 
-def _checkpointing(wanted: bool) -> dict[str, Any]:
-    """Under the name that this version of transformers has for it."""
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
-    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if wanted else {}
+def _compute_again(model: Any, keep_products: bool | None) -> None:
+    """Activation checkpointing, under the name that this version of transformers has for it."""
+    keep = not torch.cuda.is_available() if keep_products is None else keep_products
+    name = next(n for n in ("activation", "gradient") if hasattr(model, f"{n}_checkpointing_enable"))
+    given = {"use_reentrant": False} | ({"context_fn": replay.contexts} if keep else {})
+    getattr(model, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": given})
 
 
 def _reporters() -> list[str]:

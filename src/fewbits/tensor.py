@@ -87,7 +87,7 @@ class Quantized:
       * ``dense() == grid.decode(codes, params) + residual.dense()``, float32 ``[out, in]``
       * ``params == grid.settle(params)`` for grids that quantize their parameters once the codes are chosen
 
-    ``pruned``: many weights are zero on purpose; a layout may then store where the others are, and these alone.
+    ``pruned``: many weights are zero on purpose, and where the others are is stored, and these alone.
     """
 
     grid: Grid

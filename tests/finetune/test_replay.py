@@ -43,6 +43,29 @@ def test_gradients_of_nested_products() -> None:
     assert all(torch.equal(p, k) for p, k in zip(plain, kept, strict=True))
 
 
+def test_a_product_that_the_model_wrote_into_is_made_again() -> None:
+    def grad(kept: bool) -> torch.Tensor:
+        x = torch.linspace(-1, 1, 8, dtype=torch.float64).requires_grad_()
+
+        class Double(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+                return replay.once(lambda: 2 * x)
+
+            @staticmethod
+            def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+                return 2 * dy
+
+        def block(x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = Double.apply(x)
+            return y.add_(1).square()
+
+        given = {"context_fn": replay.contexts} if kept else {}
+        return torch.autograd.grad(checkpoint(block, x, use_reentrant=False, **given).sum(), x)[0]
+
+    assert torch.equal(grad(True), grad(False))
+
+
 def test_runs_are_the_same_with_a_product_less(
     dense: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,20 @@ def test_product_is_the_dense_product(level: str, levels: int) -> None:
             assert error < EPS[dtype], (out, columns, dtype, rows)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_outlier_does_not_drown_the_others(level: str, dtype: torch.dtype) -> None:
+    """It meets zeros, so the others alone make the output: too coarse for fixed point of 15 bits."""
+    codes, table = weight(32, 256, 16)
+    table[:, 8], codes[:, 5] = 0, 8
+    x = torch.randn(1, 256).to(dtype)
+    x[0, 5] = 1e4
+    p, w = qrows.pack_rows(codes, table), qrows.reference_dense(codes, table)
+    rest = x.double().abs()
+    rest[0, 5] = 0
+    error = (qlinear.matmul(x, p).double() - x.double() @ w.double().T).abs().max()
+    assert error / (rest @ w.double().abs().T).max() < EPS[dtype]
+
+
 @pytest.mark.parametrize("levels", [8, 16])
 def test_codes_and_values_come_back(level: str, levels: int) -> None:
     for out, columns in SHAPES:
@@ -85,5 +99,11 @@ def test_wrong_requests_are_named() -> None:
         qrows.pack_rows(codes, table[:, :4])
     with pytest.raises(RequestError, match=r"16 rows need tables float16 \[16, 1 to 16\]; got float16\[16, 32\]"):
         qrows.pack_rows(codes, table.repeat(1, 4))
+    nested = codes[:, :4]
     with pytest.raises(RequestError, match="bits 9 cannot be packed"):
-        qlinear.pack_nested(codes, codes[:, :4], codes[:, :4], torch.zeros(1, 4, 4).half(), 9, 16)
+        qlinear.pack_nested(codes, nested, nested, torch.zeros(1, 4, 4).half(), 9, 16)
+    for ranges in (torch.zeros(1, 3, 4).half(), torch.zeros(1, 4, 4)):  # read as they lie in memory
+        with pytest.raises(RequestError, match="nested scales need uint8 codes and float16 ranges"):
+            qlinear.pack_nested(codes, nested, nested, ranges, 3, 16)
+    with pytest.raises(RequestError, match=r"scales of torch\.uint8 cannot be packed"):
+        qlinear.pack_weight(codes, nested, nested, 3, 16)

@@ -14,6 +14,7 @@ import fewbits
 from fewbits import api, formats
 from fewbits.cli import main
 from fewbits.errors import RequestError
+from fewbits.formats import writer
 from fewbits.grids import Int
 from fewbits.model import Source
 from fewbits.pipeline.job import Job
@@ -81,7 +82,7 @@ def test_the_sweep_sees_what_enters_the_head_of_the_quantized_model(untied: Path
     assert isinstance(job, Job)
     recipe = next(r for r in job.recipes.values() if r)
     assert isinstance(recipe.solver, Sweep)
-    again, event = solve_one(Source.open(untied).head().weight, recipe, stats)
+    again, event = solve_one(Source.open(untied).head().weight, recipe, stats, writer("fewbits", []))
     assert (again.codes == q.codes).float().mean() > 0.99
     mine = [json.loads(x) for x in (tmp_path / "out/fewbits_events.jsonl").read_text().splitlines()][-1]
     assert mine["name"] == "lm_head" and mine["tokens"] == 12 * 16

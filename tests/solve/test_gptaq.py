@@ -197,9 +197,9 @@ def test_the_walk_pairs_both_streams(llama, tmp_path, monkeypatch, memory):
     seen = {}
     solve_one = walking.solve_one
 
-    def spy(w, recipe, stats):
+    def spy(w, recipe, stats, layout):
         seen[w.numpy().tobytes()] = (stats.cross.clone(), stats.gram.clone())
-        return solve_one(w, recipe, stats)
+        return solve_one(w, recipe, stats, layout)
 
     monkeypatch.setattr(walking, "solve_one", spy)
     monkeypatch.setattr("fewbits.pipeline.acts.TOKENS_PER_BATCH", 5 * 16)

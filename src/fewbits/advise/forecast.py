@@ -9,6 +9,7 @@ from typing import Any
 
 from fewbits import formats
 from fewbits.advise import run, sizes, walk
+from fewbits.formats import pruned
 from fewbits.formats.common import describe
 from fewbits.pipeline.job import Job, peak_rss
 
@@ -137,7 +138,8 @@ def _exact(job: Job) -> bool:
     """Whether sizes follow from shapes: not of numbers written as text, what a split keeps, what pruning leaves."""
     recipes = [r for r in job.recipes.values() if r is not None]
     text = job.plan.format == TEXT and any(getattr(r.grid, "nested", False) for r in recipes)
-    return not text and not any(getattr(r, "split", None) or getattr(r.solver, "wants_zero", False) for r in recipes)
+    prunes = pruned.stored_by(job.layout) and any(getattr(r.solver, "wants_zero", False) for r in recipes)
+    return not text and not prunes and not any(getattr(r, "split", None) for r in recipes)
 
 
 def _cost(job: Job) -> tuple[int, str, float]:

@@ -19,13 +19,13 @@ _now = threading.local()
 class _Pass:
     """One run through a checkpointed block: the first fills ``kept``, later ones read it from its start."""
 
-    def __init__(self, kept: list[Tensor], again: bool):
+    def __init__(self, kept: list[tuple[Tensor, int]], again: bool):
         self.kept, self.again, self.place = kept, again, 0
 
 
 def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For the forward pass of one block, and for its repetition."""
-    kept: list[Tensor] = []
+    kept: list[tuple[Tensor, int]] = []
     return _run(kept, False), _run(kept, True)
 
 
@@ -36,14 +36,15 @@ def once(product: Callable[[], Tensor]) -> Tensor:
         return product()
     if run.again:
         run.place += 1
-        return run.kept[run.place - 1].detach()
+        y, version = run.kept[run.place - 1]
+        return y.detach() if y._version == version else product()  # a model that wrote into it needs another
     y = product()
-    run.kept.append(y.detach())
+    run.kept.append((y.detach(), y._version))
     return y
 
 
 @contextmanager
-def _run(kept: list[Tensor], again: bool) -> Iterator[None]:
+def _run(kept: list[tuple[Tensor, int]], again: bool) -> Iterator[None]:
     before, _now.run = getattr(_now, "run", None), _Pass(kept, again)
     try:
         yield

@@ -14,9 +14,15 @@ from torch import Tensor
 
 from fewbits.errors import CheckpointError
 from fewbits.formats import bitpack, common
+from fewbits.formats.base import Layout
 from fewbits.grids import Grid, Params
 
 SUFFIXES = frozenset({"mask", "filled"})
+
+
+def stored_by(layout: Layout) -> bool:
+    """Whether a layout stores pruned weights so; others store zeros as codes like any other."""
+    return layout.suffixes >= SUFFIXES
 
 
 def pack(name: str, codes: Tensor, zeros: Tensor, bits: int) -> dict[str, Tensor] | None:

@@ -111,6 +111,7 @@ def pack_weight(
     if not 2 <= bits <= 8:
         raise RequestError(f"bits {bits} cannot be packed; allowed: 2 to 8")
     check_params(codes.shape, group, scale=scale, zero=zero)
+    check_dtype(scale)
     stored = bits if bits in (2, 3, 4, 8) else 8
     return pack(stored, codes, group, by_block(scale), by_block(zero.to(torch.uint8)), g_idx)
 
@@ -127,6 +128,12 @@ def pack_nested(codes: Tensor, scale: Tensor, zero: Tensor, ranges: Tensor, bits
     if not 2 <= bits <= 8:
         raise RequestError(f"bits {bits} cannot be packed; allowed: 2 to 8")
     check_params(codes.shape, group, scale=scale, zero=zero)
+    blocks = (-(-len(codes) // ROWS), scale.shape[1], 4)
+    if not scale.dtype == zero.dtype == torch.uint8 or ranges.dtype != torch.float16 or ranges.shape != blocks:
+        raise RequestError(
+            f"nested scales need uint8 codes and float16 ranges {list(blocks)}; got {scale.dtype}, {zero.dtype} and "
+            f"{_table.shape(ranges)}"
+        )
     stored = min((b for b in UNITS if bits <= b), key=lambda b: b * -(-group // UNITS[b]) * UNITS[b])
     nested = torch.cat([by_block(scale), ranges.cpu().contiguous().view(torch.uint8)], -1)
     return pack(stored, codes, group, nested, by_block(zero), None)
@@ -145,8 +152,12 @@ def check_params(shape: Sequence[int], group: int, **params: Tensor) -> None:
             raise RequestError(
                 f"{name} has shape {tuple(p.shape)}; {out} rows of {columns} columns by {group} need {expected}"
             )
-    if params["scale"].dtype not in SCALES:
-        raise RequestError(f"scales of {params['scale'].dtype} cannot be packed; allowed: float32, float16, bfloat16")
+
+
+def check_dtype(scale: Tensor) -> None:
+    """Raise RequestError for scales that are no numbers of the kernels."""
+    if scale.dtype not in DTYPES:
+        raise RequestError(f"scales of {scale.dtype} cannot be packed; allowed: float32, float16, bfloat16")
 
 
 def pack(

@@ -39,6 +39,7 @@ def pack_table(
     """
     group = codes.shape[1] if group == -1 else min(group, codes.shape[1])
     qlinear.check_params(codes.shape, group, scale=scale)
+    qlinear.check_dtype(scale)
     table, codes = table.detach().float().cpu(), codes.to("cpu", torch.uint8)
     _check_codes(codes, table)
     kind, lut = _storage(tuple(table.tolist()))

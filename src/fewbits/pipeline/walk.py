@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fewbits.activations import Inputs, static_scale
 from fewbits.errors import FewbitsError
-from fewbits.formats import Entry, Layout
+from fewbits.formats import Entry, Layout, pruned
 from fewbits.grids import tied
 from fewbits.kernels import one_thread
 from fewbits.model import Experts, Site, Source, fold, get_weight, set_weight
@@ -95,7 +95,7 @@ class Walk:
                     recipe, seen = recipes[local], inputs
                     if "fisher" in recipe.needs:
                         seen = replace(inputs or Stats.nothing(), fisher=fisher[local])
-                    q, event = solve_one(get_weight(block.get_submodule(local)), recipe, seen)
+                    q, event = solve_one(get_weight(block.get_submodule(local)), recipe, seen, self.layout)
                     q = replace(q, inputs=inputs_of(recipe, seen, DTYPES[self.plan.dtype], names[local]))
                     set_weight(block.get_submodule(local), q.dense())
                     solved[local] = q
@@ -148,7 +148,7 @@ class Walk:
             for b in range(len(acts)):
                 original = None if acts.original is None else self.source.before_head(acts.original[b])
                 self._observe(stats, 0, self.source.before_head(acts[b]), recipe.solver.needs, original)
-        q, event = solve_one(get_weight(self.source.head()), recipe, stats.get(0))
+        q, event = solve_one(get_weight(self.source.head()), recipe, stats.get(0), self.layout)
         return Block(
             self.layout.pack(name, q), [{"event": "tensor", "block": self.source.n_blocks, "name": name} | event]
         )
@@ -312,9 +312,9 @@ def settled(block: nn.Module, recipes: Mapping[str, Recipe], ties: Sequence[Sequ
     return found
 
 
-def solve_one(w: Tensor, recipe: Recipe, stats: Stats | None) -> tuple[Quantized, Event]:
+def solve_one(w: Tensor, recipe: Recipe, stats: Stats | None, layout: Layout) -> tuple[Quantized, Event]:
     """Quantize one weight. A layer that no token reached (an expert never routed to) is rounded to nearest, and says
-    so.
+    so. Bits are those that ``layout`` will store.
     """
     w = w.float().contiguous()
     starved = bool(recipe.solver.needs - {"fisher"}) and (stats is None or not bool((stats.gram.diagonal() > 0).any()))
@@ -326,6 +326,7 @@ def solve_one(w: Tensor, recipe: Recipe, stats: Stats | None) -> tuple[Quantized
         if starved or recipe.split is None
         else solver(w, recipe.grid, stats, recipe.split)
     )
+    q = replace(q, pruned=q.pruned and pruned.stored_by(layout))
     event: Event = {"bits_per_weight": q.bits_per_weight(), "shape": list(q.shape)} | dict(q.meta)
     if isinstance(q.residual, Sparse):
         event["kept"] = len(q.residual.values) / w.numel()

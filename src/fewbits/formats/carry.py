@@ -101,7 +101,7 @@ def _centred(q: Quantized) -> Quantized | None:
     if grid.symmetric:
         return q
     index = grid.index(q.params, q.codes.shape[1])
-    distance = q.codes.to(torch.int16) - q.params["zero"].to(torch.int16)[:, index]
+    distance = q.codes.to(torch.int16) - q.params["zero"].to(torch.int16).index_select(1, index)
     most = max(int(distance.max()) + 1, -int(distance.min()))
     bits = next((b for b in (4, 5, 8) if most <= 2 ** (b - 1)), None)
     if bits is None:
@@ -126,11 +126,11 @@ def _blocks(q: Quantized) -> Iterator[Quantized]:
     if "g_idx" in q.params or columns % _GROUP or (grid.group != -1 and grid.group % _GROUP):
         return
     index = grid.index(q.params, columns)[::_GROUP]
-    d = q.params["scale"][:, index]
+    d = q.params["scale"].index_select(1, index)
     if grid.symmetric and grid.bits in _SYMMETRIC:
         yield replace(q, grid=Block(_SYMMETRIC[grid.bits]), params={"d": d.half()})
     if grid.bits in _OFFSET:
-        zero = grid.zero_points(q.params)[:, index]
+        zero = grid.zero_points(q.params).index_select(1, index)
         params: Params = {"d": d.half(), "m": (-zero * d.float()).half()}
         yield replace(q, grid=Block(_OFFSET[grid.bits]), params=params)
 

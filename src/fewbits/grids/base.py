@@ -102,5 +102,5 @@ def spread(p: Tensor, index: Tensor, rows: int) -> Tensor:
 
     The law is ``rows % R == 0``.
     """
-    p = p[:, index] if p.shape[1] > 1 else p.expand(-1, len(index))
+    p = p.index_select(1, index) if p.shape[1] > 1 else p.expand(-1, len(index))
     return p if p.shape[0] in (1, rows) else p.repeat_interleave(rows // p.shape[0], 0)

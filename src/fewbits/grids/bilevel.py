@@ -164,5 +164,5 @@ class Bilevel:
         """Scale and zero point of each column: only the groups that are asked for are computed."""
         some = next(iter(p[k] for k in ("scale", "scale_code") if k in p))
         index = p["g_idx"].long() if "g_idx" in p else group_index(columns, self.group, some.device)
-        s, z = self.statistics({k: t[:, index] for k, t in p.items() if k != "g_idx"})
+        s, z = self.statistics({k: t.index_select(1, index) for k, t in p.items() if k != "g_idx"})
         return s, z

@@ -132,8 +132,8 @@ class Block:
     def encode(self, w: Tensor, p: Params) -> Tensor:
         """Nearest codes, uint8, for the parameters as stored; where the scale is zero, the code of zero."""
         index = self._index(p, w.shape[1])
-        step, shift = self.step(p)[:, index], self.shift(p)
-        x = w.float() if shift is None else w.float() - shift[:, index]
+        step, shift = self.step(p).index_select(1, index), self.shift(p)
+        x = w.float() if shift is None else w.float() - shift.index_select(1, index)
         x = torch.where(step == 0, 0, x / step).nan_to_num(0.0)
         if not self.type.table:
             return (torch.round(x) + self.type.zero).clamp_(0, self.levels - 1).to(torch.uint8)
@@ -146,11 +146,11 @@ class Block:
     def decode(self, codes: Tensor, p: Params) -> Tensor:
         """float32 ``[out, in]``, the bits of gguf-py and llama.cpp."""
         index = self._index(p, codes.shape[1])
-        step, shift = self.step(p)[:, index], self.shift(p)
+        step, shift = self.step(p).index_select(1, index), self.shift(p)
         t = self.type
         value = self.values.to(codes.device)[codes.long()] if t.table else codes.float() - t.zero
         value = step * value
-        return value if shift is None else value + shift[:, index]
+        return value if shift is None else value + shift.index_select(1, index)
 
     def feedback(self, w: Tensor, u: Tensor, p: Params, index: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Grid.feedback`. An offset moves weights and values alike, so errors are those of the grid
@@ -159,7 +159,7 @@ class Block:
         if self.type.table:
             return base.feedback(self, w, u, p, index)
         shift = self.shift(p)
-        moved = None if shift is None else shift.to(w.dtype)[:, index]
+        moved = None if shift is None else shift.to(w.dtype).index_select(1, index)
         if moved is not None:
             w -= moved
         step = self.step(p).to(w.dtype)

@@ -222,7 +222,7 @@ class Float:
 
     def _spread(self, s: Tensor, index: Tensor, rows: int) -> Tensor:
         """``s [R, G]`` repeated over the weights that share it: ``[rows, len(index)]``."""
-        s = s[:, index] if s.shape[1] > 1 else s.expand(-1, len(index))
+        s = s.index_select(1, index) if s.shape[1] > 1 else s.expand(-1, len(index))
         return s if s.shape[0] in (1, rows) else s.repeat_interleave(self.rows, 0)[:rows]
 
 

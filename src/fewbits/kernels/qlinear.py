@@ -255,7 +255,7 @@ def reference_dense(codes: Tensor, scale: Tensor, zero: Tensor, group: int, g_id
     """The weight that :func:`pack_weight`'s arguments stand for, float32 ``[out, in]``: the specification."""
     columns = codes.shape[1]
     index = g_idx.long() if g_idx is not None else torch.arange(columns) // (columns if group == -1 else group)
-    return (codes.float() - zero.float()[:, index]) * scale.float()[:, index]
+    return (codes.float() - zero.float().index_select(1, index)) * scale.float().index_select(1, index)
 
 
 def reference_matmul(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

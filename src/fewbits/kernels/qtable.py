@@ -55,7 +55,7 @@ def reference_dense(codes: Tensor, scale: Tensor, table: Tensor, group: int, g_i
     """The weight that :func:`pack_table`'s arguments stand for, float32 ``[out, in]``: the specification."""
     columns = codes.shape[1]
     index = g_idx.long() if g_idx is not None else torch.arange(columns) // (columns if group == -1 else group)
-    return table.float()[codes.long()] * scale.float()[:, index]
+    return table.float()[codes.long()] * scale.float().index_select(1, index)
 
 
 def fp8_table(kind: int) -> Tensor:

@@ -91,7 +91,7 @@ def _decoder(q: Quantized) -> Any:
     index = group_index(q.shape[1], grid.period, q.codes.device) if g_idx is None else g_idx.long()
     if factors.shape[1] == 1:
         index = torch.zeros_like(index)
-    return lambda begin, end: table[q.codes[begin:end].int()] * factors[begin:end][:, index]
+    return lambda begin, end: table[q.codes[begin:end].int()] * factors[begin:end].index_select(1, index)
 
 
 def _cuttable(p: Tensor, out: int) -> bool:

@@ -87,7 +87,7 @@ class Sweep:
         grid = tied(grid, [w])
         perm, U, diagonal, used, dead = self._factored(stats, w.dtype)
         back = torch.argsort(perm)
-        columns, free, pivots = w.shape[1], w[:, perm], U.diagonal()[back]
+        columns, free, pivots = w.shape[1], w.index_select(1, perm), U.diagonal()[back]
         if self.cross:
             free, U = carried(free, U, self.cross * _cross(stats)[perm][:, perm].to(w.dtype))
         if self.sparsity:
@@ -121,7 +121,7 @@ class Sweep:
             diagonal = torch.where(dead, 1, H.diagonal())
             activation = self.order == "activation"
             perm = torch.argsort(diagonal, descending=True, stable=True) if activation else torch.arange(len(H))
-            U, used = inverse_factor(H[perm][:, perm], dead[perm], self.damp)
+            U, used = inverse_factor(H.index_select(0, perm).index_select(1, perm), dead[perm], self.damp)
             stats.memo[key] = perm, U, diagonal, used, dead
         return stats.memo[key]
 

@@ -90,6 +90,12 @@ METHODS: dict[str, Method] = {
         Surgeon(compensate=False),
         format="fewbits",
     ),
+    "magnitude": Method(
+        "half of the weights to zero, the smallest, no calibration",
+        Int16(),
+        Surgeon(compensate=False, curved=False),
+        format="fewbits",
+    ),
     "awq": Method(
         "activation-aware scales, clipping searched, nearest", Int(4, 128, ratios=CLIP), Nearest(True), (Awq(),)
     ),
@@ -172,7 +178,7 @@ def plan(
     if sparsity is not None:
         if not getattr(m.solver, "wants_zero", False):
             raise RequestError(
-                f"sparsity {sparsity} given, but method {name!r} prunes nothing; use sparsegpt, obs or obd"
+                f"sparsity {sparsity} given, but method {name!r} prunes nothing; use sparsegpt, obs, obd or magnitude"
             )
         m = replace(m, solver=replace(m.solver, sparsity=sparsity))  # type: ignore[type-var]
     given = {"bits": bits, "group": group_size, "symmetric": symmetric}

@@ -161,10 +161,11 @@ def test_sweep_beats_magnitude_and_obd_in_outputs():
     for seed in range(6):
         w, x, stats = problem(out=16, columns=48, tokens=512, seed=seed)
         found = {"sweep": Sweep(sparsity="0.5"), "obs": Surgeon(), "obd": Surgeon(compensate=False)}
-        dense = {k: s(w, Int16(), stats).dense() for k, s in found.items()}
-        dense["magnitude"] = torch.where(w.abs() > w.abs().median(), w, 0)
-        for k, y in dense.items():
-            total[k] += float((x @ (y - w).T).square().sum())
+        for k, solver in found.items():
+            total[k] += float((x @ (solver(w, Int16(), stats).dense() - w).T).square().sum())
+        smallest = Surgeon(compensate=False, curved=False)(w, Int16(), None).dense()
+        assert torch.equal(smallest != 0, w.abs() > w.abs().median())
+        total["magnitude"] += float((x @ (smallest - w).T).square().sum())
     assert total["obs"] < total["sweep"] < total["obd"] < total["magnitude"]
 
 
@@ -208,6 +209,7 @@ def llama(tmp_path_factory):
         ("sparsegpt", {"sparsity": "0.5", "grid": "int4", "group_size": 16, "format": "compressed-tensors"}),
         ("obs", {}),
         ("obd", {"sparsity": "0.3"}),
+        ("magnitude", {"sparsity": "2:4"}),
     ],
 )
 def test_whole_models(method, options, llama, tmp_path):

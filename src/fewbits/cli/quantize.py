@@ -23,7 +23,7 @@ def command(
     bits: Annotated[int | None, typer.Option(help="Bits per code; default: the method's own.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is a whole row.")] = None,
     sparsity: Annotated[
-        str | None, typer.Option(metavar="S", help="Weights made zero by sparsegpt, obs, obd: 0.5, or 2:4.")
+        str | None, typer.Option(metavar="S", help="Weights made zero by sparsegpt, obs, obd, magnitude: 0.5, or 2:4.")
     ] = None,
     symmetric: Annotated[
         bool | None,

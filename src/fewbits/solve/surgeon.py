@@ -2,8 +2,9 @@
 
 OBS (Hassibi, Stork 1992; row by row: arXiv 2208.11580, section 4): remove the weight with the smallest ``w_q² /
 [H⁻¹]_qq``, move the others by ``-w_q / [H⁻¹]_qq · H⁻¹_q``, remove it from the inverse by one Gaussian step, and again.
-OBD (LeCun et al. 1989) takes ``H`` for diagonal, which removes the smallest ``H_qq w_q²`` and moves nothing. What is
-left is rounded to nearest; float64; the cost of OBS is O(out · in³): for layers up to 1024 inputs.
+OBD (LeCun et al. 1989) takes ``H`` for diagonal, which removes the smallest ``H_qq w_q²`` and moves nothing; ``H = I``
+is pruning by magnitude. What is left is rounded to nearest; float64; the cost of OBS is O(out · in³): for layers up to
+1024 inputs.
 """
 
 from __future__ import annotations
@@ -24,25 +25,33 @@ from fewbits.tensor import Quantized
 
 @dataclass(frozen=True)
 class Surgeon:
-    """``sparsity`` is a share of each row (OBD: of the weight), as in 0.5, or 2:4; ``compensate`` false is OBD."""
+    """``sparsity`` is a share of each row (OBD: of the weight), as in 0.5, or 2:4; ``compensate`` false is OBD,
+    ``curved`` false takes the identity for ``H``."""
 
     sparsity: str = "0.5"
     compensate: bool = True
     damp: float = 0.01
+    curved: bool = True
 
-    needs = frozenset({"gram"})
     wants_zero = True
 
     def __post_init__(self) -> None:
         Sparsity.parse(self.sparsity)
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """The gram matrix, or nothing."""
+        return frozenset({"gram"} if self.curved else ())
+
     def __call__(self, w: Tensor, grid: Grid, stats: Stats | None, split: Split | None = None) -> Quantized:
         """Prune ``w [out, in]``, then round it to ``grid``. Raises RequestError for OBS on wide layers."""
-        if stats is None:
+        if stats is None and self.curved:
             raise RequestError("pruning needs the gram matrix of the layer's inputs; calibrate")
         rows, columns = w.shape
-        sparsity, H = Sparsity.parse(self.sparsity), stats.gram.double()
-        H = H + self.damp * H.diagonal().mean().clamp(min=1e-30) * torch.eye(columns, dtype=torch.float64)
+        sparsity = Sparsity.parse(self.sparsity)
+        eye = torch.eye(columns, dtype=torch.float64, device=w.device)
+        H = stats.gram.double() if stats and self.curved else eye
+        H = H + self.damp * H.diagonal().mean().clamp(min=1e-30) * eye
         if not self.compensate:
             mask = sparsity.mask(w.double().square() * H.diagonal())
             left = w.masked_fill(mask, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,18 +25,7 @@ def pack(q: Quantized) -> qlinear.PackedWeight | None:
     g_idx = q.params.get("g_idx")
     if g_idx is not None and not _even(g_idx, q.grid.period):
         return None
-    if isinstance(q.grid, Int):
-        rows, groups = q.shape[0], torch.arange(q.params["scale"].shape[1])
-        scale = spread(q.params["scale"], groups, rows).expand(rows, -1)
-        zero = spread(q.grid.zero_points(q.params), groups, rows).expand(rows, -1).to(torch.uint8)
-        return qlinear.pack_weight(q.codes, scale, zero, q.grid.bits, q.grid.group, g_idx)
-    if isinstance(q.grid, Learned):
-        return qrows.pack_rows(q.codes, q.params["table"]) if q.grid.levels <= 16 else None
-    if isinstance(q.grid, Bilevel):
-        return _nested(q.grid, q)
-    grid: Any = q.grid
-    found = grid.looked_up(q.params, q.shape) if hasattr(grid, "looked_up") and grid.levels in LOOKED_UP else None
-    return None if found is None else qtable.pack_table(q.codes, _narrow(found[1]), found[0], grid.period, g_idx)
+    return PACKERS.get(type(q.grid), _looked_up)(q)
 
 
 def unpack(grid: Any, packed: qlinear.PackedWeight, kept: dict[str, Tensor]) -> Quantized:
@@ -48,13 +38,43 @@ def unpack(grid: Any, packed: qlinear.PackedWeight, kept: dict[str, Tensor]) -> 
     return Quantized(grid, codes, params if g_idx is None else params | {"g_idx": g_idx})
 
 
-def _nested(grid: Bilevel, q: Quantized) -> qlinear.PackedWeight | None:
+def _ints(q: Quantized) -> qlinear.PackedWeight:
+    grid: Any = q.grid
+    rows, groups = q.shape[0], torch.arange(q.params["scale"].shape[1])
+    scale = spread(q.params["scale"], groups, rows).expand(rows, -1)
+    zero = spread(grid.zero_points(q.params), groups, rows).expand(rows, -1).to(torch.uint8)
+    return qlinear.pack_weight(q.codes, scale, zero, grid.bits, grid.group, q.params.get("g_idx"))
+
+
+def _rows(q: Quantized) -> qlinear.PackedWeight | None:
+    return qrows.pack_rows(q.codes, q.params["table"]) if q.grid.levels <= 16 else None
+
+
+def _nested(q: Quantized) -> qlinear.PackedWeight | None:
     """The kernels share ranges among the 16 rows that they take at a time."""
+    grid: Any = q.grid
     if grid.nested == 0 or grid.rows != qlinear.ROWS or "g_idx" in q.params:
         return None
     names = ("scale_base", "scale_step", "zero_base", "zero_step")
     ranges = torch.stack([q.params[name] for name in names], -1)
     return qlinear.pack_nested(q.codes, q.params["scale_code"], q.params["zero_code"], ranges, grid.bits, grid.group)
+
+
+def _looked_up(q: Quantized) -> qlinear.PackedWeight | None:
+    grid: Any = q.grid
+    found = grid.looked_up(q.params, q.shape) if hasattr(grid, "looked_up") and grid.levels in LOOKED_UP else None
+    if found is None:
+        return None
+    table, factors = found
+    return qtable.pack_table(q.codes, _narrow(factors), table, grid.period, q.params.get("g_idx"))
+
+
+PACKERS: dict[type, Callable[[Quantized], qlinear.PackedWeight | None]] = {
+    Int: _ints,
+    Learned: _rows,
+    Bilevel: _nested,
+}
+"""A grid joins with one line; others are tables, if they say so, or have no product here."""
 
 
 def _narrow(scale: Tensor) -> Tensor:

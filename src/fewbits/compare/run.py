@@ -216,7 +216,7 @@ class Comparison:
             for name in todo:
                 self.folder.tell({"event": "score", "cell": name, "rss": resident()})
                 began = time.perf_counter()
-                scores = reference.compare(self.folder.checkpoint(name))
+                scores = reference.compare(self.folder.checkpoint(name), title=name)
                 found = self._summaries(str(self.folder.checkpoint(name)), scores, began)
                 main = scores["text"]
                 self.folder.update(

@@ -98,12 +98,17 @@ class Reference:
         }
 
     def compare(
-        self, path: str | Path, kv_cache: str | None = None, seen: Any = None, engine: str = "fewbits"
+        self,
+        path: str | Path,
+        kv_cache: str | None = None,
+        seen: Any = None,
+        engine: str = "fewbits",
+        title: str = "model",
     ) -> dict[str, Tensor]:
         """float64 ``[4, windows * (ctx - 1)]`` for each text, as :func:`fewbits.evaluate.score.compare`.
 
         ``kv_cache`` is that of :func:`fewbits.runtime.kvcache.chosen`. ``seen(model)`` is called once the model is
-        loaded. Raises RequestError when its tokenizer is another one.
+        loaded; events call it ``title``. Raises RequestError when its tokenizer is another one.
         """
         gc.collect()
         model, tokenizer = self.settings.load(path, engine)
@@ -117,11 +122,11 @@ class Reference:
         if seen is not None:
             seen(model)
         kind = hiddens.cache_of(model, kv_cache)
-        return {name: self._one(name, body, head, kind) for name in self.ids}
+        return {name: self._one(name, body, head, kind, title) for name in self.ids}
 
-    def _one(self, name: str, body: Any, head: hiddens.Head, kv_cache: str | None) -> Tensor:
+    def _one(self, name: str, body: Any, head: hiddens.Head, kv_cache: str | None, title: str) -> Tensor:
         kept, found = self._kept[name], []
-        for first, some in self.settings.walk(self.ids[name], self._called("model", name)):
+        for first, some in self.settings.walk(self.ids[name], self._called(title, name)):
             for i, (row, h) in enumerate(zip(some, hiddens.states(body, some, kv_cache), strict=True)):
                 found.append(score.compare((kept[first + i][:-1], self.head), (h[:-1], head), row[1:]))
         return torch.cat(found, 1)

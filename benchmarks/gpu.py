@@ -39,6 +39,11 @@ def weights(out: int, columns: int) -> dict[str, gpu.Weight]:
     found[f"4-bit table (NF4, FP4), blocks of {BLOCK}"] = gpu.pack_table(
         codes, absmax, torch.linspace(-1, 1, 16), BLOCK
     )
+    three = torch.randint(0, 8, (out, columns), dtype=torch.uint8)
+    found["3-bit table per row (SqueezeLLM)"] = gpu.pack_levels(three, torch.randn(out, 8).half())
+    nibbles = [torch.randint(0, 8, (out, columns // 16), dtype=torch.uint8) for _ in range(2)]
+    ranges = [torch.rand(out // 16, columns // 16).half() * top for top in (0.01, 0.002, 3.0, 0.3)]
+    found["3 bits, nested scales (SpQR)"] = gpu.pack_nested(three, *nibbles, ranges, 3, 16, 16)
     fp8 = torch.randn(out, columns).to(gpu.E4M3)
     found["FP8 weight, scale per row"] = gpu.pack_bytes(fp8, torch.rand(out, 1) * 0.01)
     found["FP8 weight, 128 x 128 blocks"] = gpu.pack_bytes(

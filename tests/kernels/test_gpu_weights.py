@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fewbits.errors import RequestError
+from fewbits.grids import Bilevel
 from fewbits.kernels import gpu, qlinear, words
 
 MASK = 0xFFFFFFFF
@@ -70,6 +71,20 @@ def test_doubly_quantized_blocks() -> None:
     assert dense[7, 0] == 7 * 2 + 0.5 and dense[255, 3] == 255 * 2 + 0.5 and dense[256 + 5, 1] == 5 * 3 + 0.5
 
 
+def test_tables_of_every_row() -> None:
+    table, codes = torch.arange(24).view(3, 8).half(), torch.tensor([[0, 7], [1, 6], [2, 5]], dtype=torch.uint8)
+    assert gpu.pack_levels(codes, table).dense().tolist() == [[0, 7], [9, 14], [18, 21]]
+
+
+def test_nested_scales_are_those_of_the_grid() -> None:
+    w, grid = torch.randn(20, 40), Bilevel(3, 16)
+    p = grid.fit(w)
+    codes = grid.encode(w, p)
+    ranges = [p[name] for name in ("scale_base", "scale_step", "zero_base", "zero_step")]
+    packed = gpu.pack_nested(codes, p["scale_code"], p["zero_code"], ranges, 3, 16, grid.rows)
+    assert torch.equal(packed.dense(), grid.decode(codes, p))
+
+
 @pytest.mark.parametrize("scale", [(1, 1), (6, 1), (2, 3)], ids=str)
 def test_the_shape_of_a_scale_says_who_shares_it(scale: tuple[int, int]) -> None:
     codes, s = torch.randn(6, 10).to(gpu.E4M3), torch.rand(scale)
@@ -102,7 +117,7 @@ def test_linear_is_the_dense_product() -> None:
     assert gpu.linear(x.half(), w, bias).dtype == torch.float16
 
 
-ZEROS, ONES = torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4, 1)
+ZEROS, ONES, HALVES = torch.zeros(4, 8, dtype=torch.uint8), torch.ones(4, 1), torch.ones(4, 4).half()
 INT = gpu.pack_int(ZEROS, ONES, None, 4, -1)
 BYTE = gpu.pack_bytes(ZEROS.view(torch.int8), ONES)
 WRONG = {
@@ -113,6 +128,13 @@ WRONG = {
     "uint8 absmax alone": lambda: gpu.pack_table(ZEROS, ONES.to(torch.uint8), torch.ones(16), 8),
     "bytes of uint8": lambda: gpu.pack_bytes(ZEROS, ONES),
     "a scale per nothing": lambda: gpu.pack_bytes(ZEROS.view(torch.int8), torch.ones(3, 1)),
+    "codes beyond a row's table": lambda: gpu.pack_levels(ZEROS + 4, HALVES),
+    "tables of other rows": lambda: gpu.pack_levels(ZEROS, HALVES[:3]),
+    "tables of 5 values": lambda: gpu.pack_levels(ZEROS, torch.ones(4, 5).half()),
+    "nested codes of 5 bits": lambda: gpu.pack_nested(
+        ZEROS, ZEROS[:, :1] + 16, ZEROS[:, :1], [HALVES[:1, :1]] * 4, 3, 8, 4
+    ),
+    "ranges of float32": lambda: gpu.pack_nested(ZEROS, ZEROS[:, :1], ZEROS[:, :1], [ONES[:1]] * 4, 3, 8, 4),
     "x too narrow": lambda: gpu.linear(torch.ones(1, 7), INT),
     "x of integers": lambda: gpu.linear(torch.ones(1, 8, dtype=torch.int32), INT),
     "bias too short": lambda: gpu.linear(torch.ones(1, 8), INT, torch.ones(3)),

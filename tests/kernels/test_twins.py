@@ -41,7 +41,7 @@ print([m for m in sys.modules if m.split('.')[0] == 'triton'])
 def test_the_table_says_what_runs_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEWBITS_KERNELS", "reference")
     chosen = gpu.info()
-    assert set(chosen) == {"linear", "scaled_linear", "quantize_rows"}
+    assert set(chosen) == {"linear", "scaled_linear", "quantize_rows", "sparse_matmul"}
     assert chosen["linear"] == kernels.Choice("reference", "FEWBITS_KERNELS=reference")
     monkeypatch.delenv("FEWBITS_KERNELS")
     monkeypatch.setattr(triton, "installed", lambda: False)

@@ -1,10 +1,12 @@
 """Weights as GPUs read them, and the products with them: plain torch is the specification, Triton twins are the speed.
 
-Every weight is ``[out, in]`` with codes that run along ``in``. Three kinds cover what the package quantizes to:
+Every weight is ``[out, in]`` with codes that run along ``in``. Five kinds cover what the package quantizes to:
 
 - :class:`IntWeight`, uniform integers of 2 to 8 bits: ``scale * (code - zero)``, parameters ``[out, groups]``;
 - :class:`TableWeight`, 4-bit tables (NF4, FP4 of bitsandbytes, E2M1): ``table[code] * absmax``, ``absmax`` per block;
-- :class:`ByteWeight`, one byte per weight (int8, FP8 E4M3) with a scale per tensor, row, group or 2-D block.
+- :class:`ByteWeight`, one byte per weight (int8, FP8 E4M3) with a scale per tensor, row, group or 2-D block;
+- :class:`LevelsWeight`, a table for each row (SqueezeLLM): ``table[row, code]``;
+- :class:`NestedWeight`, integers whose scales and zero points are codes of up to 4 bits themselves (SpQR).
 
 The layout of packed codes is :mod:`fewbits.kernels.words`. A twin runs where Triton does: on CUDA and ROCm devices, and
 on the CPU in Triton's interpreter (``TRITON_INTERPRET=1`` with ``FEWBITS_KERNELS=triton``). Everywhere else the
@@ -14,9 +16,9 @@ reference runs, and the first time on a GPU one line in the log says why.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,8 @@ class TableWeight(_Held):
     ``[256]``, ``outer`` float32, ``offset`` float32 ``[1]``).
     """
 
+    bits: ClassVar[int] = 4
+
     shape: tuple[int, int]
     block: int
     pitch: int
@@ -166,6 +170,58 @@ class ByteWeight(_Held):
         """The scale of every weight, float32 ``[out, in]``."""
         n, k = (torch.arange(s, device=self.scale.device) // b for s, b in zip(self.shape, self.block, strict=True))
         return self.scale[n[:, None], k]
+
+
+@dataclass(frozen=True)
+class LevelsWeight(_Held):
+    """``table[n, code]`` with ``table`` float16 ``[out, 2**bits]`` and codes of ``bits`` bits, up to 4."""
+
+    bits: int
+    shape: tuple[int, int]
+    codes: Tensor
+    table: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.codes, self.table
+
+    def dense(self) -> Tensor:
+        return self.table.float().gather(1, words.unpack(self.codes, self.bits, self.shape[1]).long())
+
+
+@dataclass(frozen=True)
+class NestedWeight(_Held):
+    """``scale[n, g] * (code[n, k] - zero[n, g])``, ``g`` being the group of column ``k``, where ``scale[n, g]`` is
+    ``scale_base + scale_step * (nested & 15)`` and ``zero[n, g]`` is ``zero_base + zero_step * (nested >> 4)``.
+
+    ``nested`` uint8 ``[out, groups]``; bases and steps float16 ``[ceil(out / rows), groups]``.
+    """
+
+    bits: int
+    shape: tuple[int, int]
+    group: int
+    rows: int
+    codes: Tensor
+    nested: Tensor
+    scale_base: Tensor
+    scale_step: Tensor
+    zero_base: Tensor
+    zero_step: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.codes, self.nested, self.scale_base, self.scale_step, self.zero_base, self.zero_step
+
+    def dense(self) -> Tensor:
+        codes = words.unpack(self.codes, self.bits, self.shape[1]).float()
+        scale = self._value(self.scale_base, self.scale_step, self.nested & 15)
+        zero = self._value(self.zero_base, self.zero_step, self.nested >> 4)
+        index = torch.arange(self.shape[1], device=codes.device) // self.group
+        return scale.index_select(1, index) * (codes - zero.index_select(1, index))
+
+    def _value(self, base: Tensor, step: Tensor, code: Tensor) -> Tensor:
+        base, step = (t.float().repeat_interleave(self.rows, 0)[: len(code)] for t in (base, step))
+        return base + step * code
 
 
 def pack_int(
@@ -226,9 +282,47 @@ def pack_bytes(codes: Tensor, scale: Tensor, block: tuple[int, int] | None = Non
     return ByteWeight(codes.contiguous(), scale.float().contiguous(), (rows, columns))
 
 
+def pack_levels(codes: Tensor, table: Tensor) -> LevelsWeight:
+    """Pack ``codes`` uint8 ``[out, in]``, places in ``table`` float16 ``[out, levels]``, 4, 8 or 16 levels.
+
+    Raises RequestError on wrong shapes and on codes beyond the table.
+    """
+    out, levels = len(codes), table.shape[-1]
+    fits = table.dtype == torch.float16 and table.shape == (out, levels) and levels in (4, 8, 16)
+    require(fits, f"{out} rows need tables float16 [{out}, 4 | 8 | 16]; got {shape(table)}")
+    most = int(codes.max()) if codes.numel() else 0
+    require(most < levels, f"code {most} is beyond the tables of {levels} values")
+    bits = levels.bit_length() - 1
+    return LevelsWeight(bits, (out, codes.shape[1]), words.pack(codes, bits), table.contiguous())
+
+
+def pack_nested(
+    codes: Tensor, scale_code: Tensor, zero_code: Tensor, ranges: Sequence[Tensor], bits: int, group: int, rows: int
+) -> NestedWeight:
+    """Pack ``codes`` uint8 ``[out, in]`` of ``bits`` bits with ``scale_code`` and ``zero_code`` uint8
+    ``[out, groups]``, at most 15, and ``ranges``: base and step of scales, base and step of zero points, float16
+    ``[ceil(out / rows), groups]``. ``group`` -1 means the whole row. Raises RequestError on wrong shapes.
+    """
+    out, columns = codes.shape
+    group = columns if group == -1 else min(group, columns)
+    want = (out, -(-columns // group))
+    require(2 <= bits <= 8, f"bits {bits} cannot be packed; allowed: 2 to 8")
+    for name, p in (("scale_code", scale_code), ("zero_code", zero_code)):
+        fits = p.dtype == torch.uint8 and p.shape == want and (not p.numel() or int(p.max()) < 16)
+        require(fits, f"{name} is {shape(p)}; {out} rows by groups of {group} need uint8 {want} of at most 15")
+    tiles = (-(-out // rows), want[1])
+    for p in ranges:
+        require(p.dtype == torch.float16 and p.shape == tiles, f"a range is {shape(p)}; allowed: float16 {tiles}")
+    base, step, zero_base, zero_step = (p.contiguous() for p in ranges)
+    both = (scale_code | (zero_code << 4)).contiguous()
+    packed = words.pack(codes, bits)
+    return NestedWeight(bits, (out, columns), group, rows, packed, both, base, step, zero_base, zero_step)
+
+
 register_twin(
     "linear",
-    "(x f32|f16|bf16[.., in], int 2..8 bits | 4-bit table | fp8 | int8 weight[out, in], bias[out]?) -> [.., out]",
+    "(x f32|f16|bf16[.., in], int 2..8 bits | 4-bit table | table per row | nested scales | fp8 | int8 "
+    "weight[out, in], bias[out]?) -> [.., out]",
     "codes decoded in registers; sums of products for up to 4 rows, tl.dot above",
 )
 register_twin(
@@ -241,6 +335,11 @@ register_twin(
     "(x f32|f16|bf16[.., in], i8|f8e4m3) -> (codes[.., in], scale f32[.., 1])",
     "one pass per row",
 )
+register_twin(
+    "sparse_matmul",
+    "(x f32|f16|bf16[.., in], offsets i32[out+1], columns i32[n], values f16[n]) -> f32[.., out]",
+    "one program per row gathers its columns",
+)
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -250,7 +349,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     run = twin("product", x)
     if run is None:
         return reference_linear(x, weight, bias)
-    return run(_rows(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
+    return run(rows_of(x), weight, bias).view(*x.shape[:-1], weight.shape[0])
 
 
 def reference_linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
@@ -277,7 +376,7 @@ def scaled_linear(
     require(whole or x.dtype == E4M3, f"int8 sums need one scale per row; got {shape(scale)} and {shape(weight.scale)}")
     scale = scale.float().reshape(-1, groups)
     run = twin("scaled", x)
-    flat = _rows(x)
+    flat = rows_of(x)
     y = reference_scaled(flat, scale, weight, bias, dtype) if run is None else run(flat, scale, weight, bias, dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -298,7 +397,7 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     run = twin("quantize_rows", x)
     if run is None:
         return reference_rows(x, dtype)
-    codes, scale = run(_rows(x), dtype)
+    codes, scale = run(rows_of(x), dtype)
     return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
@@ -324,7 +423,7 @@ def twin(name: str, x: Tensor) -> Callable[..., Any] | None:
     return triton.launcher(name) if triton.usable(x.device) else None
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """``[rows, in]`` with consecutive columns."""
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()

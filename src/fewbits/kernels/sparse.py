@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fewbits.kernels import gpu
 from fewbits.kernels._table import C, native, register, require, shape, threads
 
 register(
@@ -26,8 +27,11 @@ def sparse_matmul(x: Tensor, offsets: Tensor, columns: Tensor, values: Tensor) -
         f"sparse_matmul needs int32 offsets and columns and float16 values; got {shape(offsets)}, {shape(columns)} and "
         f"{shape(values)}",
     )
+    out, twin = len(offsets) - 1, gpu.twin("sparse_product", x)
+    if twin is not None:
+        found: Tensor = twin(gpu.rows_of(x.detach()), offsets, columns, values)
+        return found.view(*x.shape[:-1], out)
     flat = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
-    out = len(offsets) - 1
     if not native(flat, offsets, columns, values):
         return reference_sparse_matmul(flat, offsets, columns, values).view(*x.shape[:-1], out)
     y = torch.empty(*x.shape[:-1], out)

@@ -24,7 +24,7 @@ class QuantLinear(nn.Module):
     """``x @ W.T + bias`` with ``W [out, in]`` kept as codes; stands for nn.Linear and for transformers' Conv1D.
 
     On the CPU the codes are prepacked for the C++ product, on GPUs for the Triton twins. Elsewhere, without either, and
-    for weights that the kernels do not hold (blocks across rows, scales of few bits), the weight is dequantized on
+    for weights that the kernels do not hold (on the CPU blocks across rows, for example), the weight is dequantized on
     every call. Single weights beside prepacked codes are a sparse product of their own.
     Where the inputs are quantized too, integers are multiplied with integers if their scales allow it. Codes get no
     gradient; inputs do. The weight is not part of ``state_dict``: a loaded model is saved by copying its checkpoint.
@@ -70,8 +70,9 @@ class QuantLinear(nn.Module):
             q = Quantized(grid, q.codes, params, q.residual, inputs=q.inputs)
         self.grid, self.inputs, self._loose = q.grid, q.inputs, None
         self._sparse = q.residual if isinstance(q.residual, Sparse) else None
-        self._packed = None if self._integer else packing.pack(replace(q, residual=None) if self._sparse else q)
-        self._twin = twin.pack(q) if self._packed is None and self._integer is None else None
+        codes = replace(q, residual=None) if self._sparse else q
+        self._packed = None if self._integer else packing.pack(codes)
+        self._twin = twin.pack(codes) if self._packed is None and self._integer is None else None
         held = self._packed is not None or self._twin is not None
         self._kept = q.params if held and not isinstance(q.grid, Int) else {}
         if self._packed is None and self._integer is None and self._twin is None:
@@ -91,7 +92,7 @@ class QuantLinear(nn.Module):
             return product if self.bias is None else product + self.bias.to(product.dtype)
         p, fused = self._packed, x.dtype in qlinear.DTYPES
         if fused and self._twin is not None and x.device == self._twin.device:
-            return gpu.linear(x, self._twin, self.bias)
+            return self._beside(gpu.linear(x, self._twin, self.bias), x)
         if p is None or not fused or x.device.type != "cpu":
             weight = self.dequantize(x.dtype).to(x.device)
             return F.linear(x, weight, None if self.bias is None else self.bias.to(x.dtype))
@@ -138,10 +139,9 @@ class QuantLinear(nn.Module):
         """The weight ``[out, in]``; in float32 ``Quantized.dense()``, to the bit but for grids with a global scale."""
         if self._packed is not None and self._sparse is None:
             return qlinear.dequantize(self._packed, dtype)
-        if self._packed is not None and self._sparse is not None:
-            return (qlinear.dequantize(self._packed, torch.float32) + self._sparse.dense()).to(dtype)
-        if self._twin is not None:
-            return self._twin.dense().to(dtype)
+        if self._packed is not None or self._twin is not None:
+            w = self._twin.dense() if self._packed is None else qlinear.dequantize(self._packed, torch.float32)
+            return (w if self._sparse is None else w + self._sparse.dense()).to(dtype)
         if self._integer is not None:
             return self._integer.dense().to(dtype)
         if self._loose is None:
@@ -158,10 +158,9 @@ class QuantLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes of codes and their parameters in memory."""
-        if self._packed is not None:
-            return self._packed.nbytes + (self._sparse.nbytes if self._sparse else 0)
-        if self._twin is not None:
-            return int(self._twin.nbytes)
+        held = self._packed if self._packed is not None else self._twin
+        if held is not None:
+            return int(held.nbytes) + (self._sparse.nbytes if self._sparse else 0)
         if self._integer is not None:
             return self._integer.nbytes
         if self._loose is None:
@@ -205,7 +204,7 @@ class QuantLinear(nn.Module):
         if self._packed is not None:
             q = replace(packing.unpack(self.grid, self._packed, self._kept), residual=self._sparse)
         elif self._twin is not None:
-            q = twin.unpack(self.grid, self._twin, self._kept)
+            q = replace(twin.unpack(self.grid, self._twin, self._kept), residual=self._sparse)
         if q is not None:
             moved = {name: t.to(device) for name, t in q.params.items()}
             residual = q.residual.to(device) if isinstance(q.residual, Sparse) else q.residual

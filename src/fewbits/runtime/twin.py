@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fewbits.errors import RequestError
-from fewbits.grids import Float, Int, Table, double, spread
+from fewbits.grids import Bilevel, Float, Int, Learned, Table, double, spread
 from fewbits.grids.codebook import codebook
 from fewbits.kernels import gpu, triton, words
 from fewbits.tensor import Quantized
@@ -31,7 +31,7 @@ def unpack(grid: Any, weight: Any, kept: dict[str, Tensor]) -> Quantized:
     of other grids."""
     if not isinstance(grid, Int):
         bytewise = isinstance(weight, gpu.ByteWeight)
-        codes = weight.codes.view(torch.uint8) if bytewise else words.unpack(weight.codes, 4, weight.shape[1])
+        codes = weight.codes.view(torch.uint8) if bytewise else words.unpack(weight.codes, weight.bits, weight.shape[1])
         return Quantized(grid, codes, kept)
     codes, scale, zero, g_idx = weight.unpack()
     params = {"scale": scale, "zero": zero, "g_idx": g_idx}
@@ -78,5 +78,24 @@ def _float(q: Quantized) -> gpu.TableWeight | gpu.ByteWeight | None:
     return gpu.pack_table(q.codes, factors.float(), table, columns, by_row=True)
 
 
-PACKERS: dict[type, Callable[[Quantized], Any]] = {Int: _ints, Table: _table, Float: _float}
+def _rows(q: Quantized) -> gpu.LevelsWeight:
+    return gpu.pack_levels(q.codes, q.params["table"])
+
+
+def _nested(q: Quantized) -> gpu.NestedWeight | None:
+    grid: Any = q.grid
+    if grid.nested == 0 or "g_idx" in q.params:
+        return None
+    ranges = [q.params[name] for name in ("scale_base", "scale_step", "zero_base", "zero_step")]
+    p = q.params
+    return gpu.pack_nested(q.codes, p["scale_code"], p["zero_code"], ranges, grid.bits, grid.group, grid.rows)
+
+
+PACKERS: dict[type, Callable[[Quantized], Any]] = {
+    Int: _ints,
+    Table: _table,
+    Float: _float,
+    Learned: _rows,
+    Bilevel: _nested,
+}
 """A grid joins with one line; the twin gives its codes back, for the weight to leave the GPU again."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fewbits.grids import NAMED_GRIDS, Float, Int, Table
+from fewbits.grids import NAMED_GRIDS, Bilevel, Float, Int, Learned, Table
 from fewbits.kernels import gpu
 from fewbits.runtime import QuantLinear
 from fewbits.solve import Nearest
-from fewbits.tensor import Quantized
+from fewbits.tensor import Quantized, Sparse
 
 GRIDS = [Int(4, 32), Int(3, -1, symmetric=True), Int(8, -1, rows=-1), Int(4, 20, rows=5)]
 
@@ -61,6 +63,22 @@ def test_tables_and_floats_run_their_twins_and_come_back(name: str) -> None:
     layer._move(torch.empty(0).device)
     assert type(layer._twin) is kind
     torch.testing.assert_close(layer.dequantize(), q.dense(), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("grid", [Learned(3), Bilevel(3, 16), Int(4, 32)], ids=str)
+def test_single_weights_stay_beside_what_the_twin_holds(grid: Learned | Bilevel | Int, single: bool) -> None:
+    torch.manual_seed(2)
+    q, x = Nearest()(torch.randn(50, 160), grid, None), torch.randn(2, 3, 160)
+    if single:
+        q = replace(q, residual=Sparse.of(torch.randn(50, 160) * (torch.rand(50, 160) < 0.02)))
+    layer = QuantLinear.from_quantized(q)
+    for _ in range(2):
+        assert layer._twin is not None and layer._loose is None
+        torch.testing.assert_close(layer.dequantize(), q.dense(), rtol=3e-7, atol=0)
+        torch.testing.assert_close(layer(x), F.linear(x, q.dense()), rtol=2e-5, atol=5e-5)
+        assert layer.nbytes < 1.1 * q.grid.cost(q.shape) * 1000 + 3000
+        layer._move(torch.empty(0).device)
 
 
 @pytest.mark.parametrize("grid", [NAMED_GRIDS["fp8-e5m2"], NAMED_GRIDS["mxfp6"]], ids=str)

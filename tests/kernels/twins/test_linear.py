@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from fewbits.kernels import gpu, triton
+from fewbits.kernels.sparse import reference_sparse_matmul, sparse_matmul
 from fewbits.kernels.triton import byte, tune
 from fewbits.kernels.triton.product import product, span_of
+from fewbits.kernels.triton.sparse import sparse_product
+from fewbits.tensor import Sparse
 
 # Largest error over largest result. Weights are rounded to x's dtype before tl.dot.
 ERROR = {torch.float32: 3e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
@@ -107,6 +110,54 @@ def test_tables_with_the_blocks_of_bitsandbytes(columns: int, block: int, rows: 
 @pytest.mark.parametrize(("by_row", "nested"), [(True, False), (False, True), (True, True)])
 def test_tables_by_row_and_doubly_quantized(by_row: bool, nested: bool, rows: int) -> None:
     check(tables(30, 100, 32 if by_row else 4, by_row, nested), rows)
+
+
+def levels(bits: int, out: int, columns: int) -> gpu.LevelsWeight:
+    torch.manual_seed(bits + columns)
+    codes = torch.randint(0, 2**bits, (out, columns), dtype=torch.uint8)
+    return gpu.pack_levels(codes, torch.randn(out, 2**bits).half())
+
+
+def nested(bits: int, out: int, columns: int, group: int, tile: int) -> gpu.NestedWeight:
+    torch.manual_seed(bits + columns)
+    groups, tiles = -(-columns // (columns if group == -1 else group)), -(-out // tile)
+    codes = torch.randint(0, 2**bits, (out, columns), dtype=torch.uint8)
+    nibbles = [torch.randint(0, 16, (out, groups), dtype=torch.uint8) for _ in range(2)]
+    ranges = [torch.rand(tiles, groups).half() * top for top in (0.01, 0.002, 3.0, 0.3)]
+    return gpu.pack_nested(codes, *nibbles, ranges, bits, group, tile)
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+@pytest.mark.parametrize(("bits", "out", "columns"), [(2, 5, 7), (3, 33, 100), (4, 24, 576)])
+def test_tables_of_every_row(bits: int, out: int, columns: int, rows: int) -> None:
+    check(levels(bits, out, columns), rows)
+
+
+@pytest.mark.parametrize("rows", [3, 17])
+@pytest.mark.parametrize(("columns", "group", "tile"), [(576, 16, 16), (100, 16, 7), (77, 20, 16), (100, -1, 1)])
+def test_nested_scales(columns: int, group: int, tile: int, rows: int) -> None:
+    check(nested(3, 40, columns, group, tile), rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_levels_and_nested_scales_with_halves(dtype: torch.dtype) -> None:
+    for rows in (1, 17):
+        check(levels(3, 24, 100), rows, dtype)
+        check(nested(3, 40, 100, 16, 16), rows, dtype)
+
+
+@pytest.mark.parametrize(("rows", "dtype"), [(1, torch.float16), (3, torch.float32), (17, torch.float32)], ids=str)
+def test_single_weights(dtype: torch.dtype, rows: int) -> None:
+    """Rows with no entry, one, and more than one step of the kernel takes."""
+    torch.manual_seed(rows)
+    w = torch.randn(9, 200) * (torch.rand(9, 200) < 0.1)
+    w[2], w[4, :150], w[5] = 0, 1.5, 0
+    w[5, 199] = -3.0
+    s, x = Sparse.of(w), torch.randn(rows, 200).to(dtype)
+    assert s is not None
+    want = reference_sparse_matmul(x.float(), s.offsets, s.columns, s.values)
+    torch.testing.assert_close(sparse_product(x, s.offsets, s.columns, s.values), want, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sparse_matmul(x[None], s.offsets, s.columns, s.values), want[None], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -1,7 +1,8 @@
 """Twins of the products in :mod:`fewbits.kernels.gpu`, in Triton. Nothing imports Triton until a tensor needs it.
 
-``product.py`` holds the loops, the other files say how one tile of a weight is decoded (``ints``, ``table``,
-``byte``), how two one-byte operands are multiplied (``scaled``) and how rows are quantized (``rows``).
+``product.py`` holds the loops, the other files say how one tile of a weight is decoded (``ints``, ``table``, ``byte``,
+``levels``, ``nested``), how two one-byte operands are multiplied (``scaled``), how single weights are (``sparse``) and
+how rows are quantized (``rows``).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 _log = logging.getLogger("fewbits.kernels")
-_LAUNCHERS = {"product": "product", "scaled": "scaled", "quantize_rows": "rows"}
+_LAUNCHERS = {"product": "product", "scaled": "scaled", "quantize_rows": "rows", "sparse_product": "sparse"}
 
 
 def interpreting() -> bool:

@@ -14,11 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fewbits.kernels.gpu import ByteWeight, IntWeight, TableWeight
-from fewbits.kernels.triton import byte, interpreting, ints, table, tune
+from fewbits.kernels.gpu import ByteWeight, IntWeight, LevelsWeight, NestedWeight, TableWeight
+from fewbits.kernels.triton import byte, interpreting, ints, levels, nested, table, tune
 from fewbits.kernels.triton.tune import Tiles
 
-DECODERS: dict[type, Any] = {IntWeight: ints.arguments, TableWeight: table.arguments, ByteWeight: byte.arguments}
+DECODERS: dict[type, Any] = {
+    IntWeight: ints.arguments,
+    TableWeight: table.arguments,
+    ByteWeight: byte.arguments,
+    LevelsWeight: levels.arguments,
+    NestedWeight: nested.arguments,
+}
 FEW = 4
 """Most rows of ``x`` that are multiplied without ``tl.dot``."""
 NAMES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

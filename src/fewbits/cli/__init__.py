@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if argv is None and given[0] not in DISTRIBUTED:  # a process of our own
         lean.spare()
+        if given[0] == "generate":
+            lean.spare_meta()
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' progress bars fill log files
     try:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from fewbits.cli.base import Debug, Json, emit, stderr
-from fewbits.errors import RequestError
+from fewbits.errors import CheckpointError, RequestError
+from fewbits.runtime import lean
 
 
 def command(
@@ -99,7 +100,12 @@ def load(model: str, dtype: str | None) -> tuple[Any, Any]:
     wanted = None if dtype is None else getattr(torch, dtype, None)
     if dtype is not None and not isinstance(wanted, torch.dtype):
         raise RequestError(f"dtype {dtype!r} is unknown; give float32, bfloat16 or float16")
-    loaded, tokenizer = load_checkpoint(model, dtype=wanted)
+    try:
+        loaded, tokenizer = load_checkpoint(model, dtype=wanted)
+    except CheckpointError as e:
+        if not (isinstance(e.__cause__, NotImplementedError) and lean.restore_meta()):
+            raise
+        loaded, tokenizer = load_checkpoint(model, dtype=wanted)
     gc.freeze()  # else the interpreter takes apart hundreds of thousands of objects when it ends: a second or more
     if tokenizer is None:
         raise RequestError(f"{model} has no tokenizer; copy the tokenizer files of the original model into it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -98,3 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if message:
             stderr(f"error: {message}")
         return code
+    finally:
+        if argv is None:
+            gc.freeze()  # else the interpreter looks for cycles among all objects of transformers when it ends

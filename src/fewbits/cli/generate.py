@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from typing import Annotated, Any
@@ -106,7 +105,6 @@ def load(model: str, dtype: str | None) -> tuple[Any, Any]:
         if not (isinstance(e.__cause__, NotImplementedError) and lean.restore_meta()):
             raise
         loaded, tokenizer = load_checkpoint(model, dtype=wanted)
-    gc.freeze()  # else the interpreter takes apart hundreds of thousands of objects when it ends: a second or more
     if tokenizer is None:
         raise RequestError(f"{model} has no tokenizer; copy the tokenizer files of the original model into it")
     return loaded, tokenizer

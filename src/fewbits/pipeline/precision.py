@@ -16,13 +16,15 @@ from fewbits.kernels import fixed
 @dataclass(frozen=True)
 class Precision:
     """Forward passes run inside ``context()``, those that are differentiated inside ``differentiable()``; inputs are
-    observed as ``observed`` and added up by ``sums``.
+    observed as ``observed`` and added up by ``sums``. ``steady``: the number of threads changes no product, however few
+    its rows; libraries' products of few rows round differently with it.
     """
 
     context: Callable[[], AbstractContextManager[Any]]
     observed: torch.dtype
     sums: kernels.Sums
     differentiable: Callable[[], AbstractContextManager[Any]] = nullcontext
+    steady: bool = False
 
 
 def _autocast() -> AbstractContextManager[Any]:
@@ -32,7 +34,7 @@ def _autocast() -> AbstractContextManager[Any]:
 PRECISIONS = {
     "bf16": Precision(_autocast, torch.bfloat16, kernels.SUMS, _autocast),
     "fp32": Precision(nullcontext, torch.float32, kernels.SUMS),
-    "fixed": Precision(fixed.FixedPoint, torch.float32, fixed.SUMS),
+    "fixed": Precision(fixed.FixedPoint, torch.float32, fixed.SUMS, steady=True),
 }
 
 

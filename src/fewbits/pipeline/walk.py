@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from fewbits.activations import Inputs, static_scale
 from fewbits.errors import FewbitsError
 from fewbits.formats import Entry, Layout, pruned
 from fewbits.grids import tied
-from fewbits.kernels import one_thread
+from fewbits.kernels import fixed, one_thread
 from fewbits.model import Experts, Site, Source, fold, get_weight, set_weight
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.fisher import Fisher
@@ -184,7 +184,7 @@ class Walk:
 
     def forward(self, block: nn.Module, i: int, hidden: Tensor) -> Tensor:
         """A batch of few rows ``[rows, tokens, width]`` through a block, float32; no thread count changes it."""
-        with one_thread(), self._precision():  # products of few rows round differently with the number of threads
+        with nullcontext() if self._steady(block, i, hidden) else one_thread(), self._precision():
             return self._call(block, i, hidden)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ class Walk:
 
     def _forwards(self, block: nn.Module, i: int, acts: Acts) -> tuple[Sequence[Forward], Cut]:
         # A router mixes padding with what counts; its experts' products differ in length anyway.
-        padded = not any(isinstance(m, Experts) for m in block.modules())
+        padded = not _routed(block)
         read, cut = (acts.padded, acts.cut) if padded else (acts.__getitem__, lambda b, x: x)
 
         def forward(b: int) -> Forward:
@@ -255,6 +255,12 @@ class Walk:
         with torch.no_grad(), PRECISIONS[self.plan.compute].context():
             yield
 
+    def _steady(self, block: nn.Module, i: int, hidden: Tensor) -> bool:
+        """Whether everything that few rows are multiplied by is ours: no expert's share of them, no mask."""
+        tokens = hidden.shape[1]
+        masked = self.source.block_kwargs(tokens)[i].get("attention_mask") is not None
+        return PRECISIONS[self.plan.compute].steady and tokens >= fixed.FEWEST and not (masked or _routed(block))
+
     def _observe(
         self, stats: dict[int, Stats], stage: int, x: Tensor, needs: frozenset[str], original: Tensor | None = None
     ) -> None:
@@ -293,6 +299,10 @@ class Walk:
                 fold(block, site, s)
                 for stage in {where[n] for n in site.consumers if n in where} & set(stats):
                     stats[stage] = Diagonal(site.expand(s)).stats(stats[stage])
+
+
+def _routed(block: nn.Module) -> bool:
+    return any(isinstance(m, Experts) for m in block.modules())
 
 
 def settled(block: nn.Module, recipes: Mapping[str, Recipe], ties: Sequence[Sequence[str]]) -> dict[str, Recipe]:

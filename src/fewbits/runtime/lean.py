@@ -97,7 +97,7 @@ def _read_once() -> None:
     """The names in a folder of transformers' are read and sorted once: ``transformers`` and ``transformers.models`` ask
     for those of the same folder.
     """
-    utils = importlib.import_module("transformers.utils.import_utils")
+    utils: Any = importlib.import_module("transformers.utils.import_utils")
     read, sort = utils.create_import_structure_from_path, utils.spread_import_structure
     found: dict[str, Any] = {}
     ordered: dict[int, Any] = {}

@@ -118,6 +118,15 @@ def test_an_operator_that_is_missing_on_the_meta_device_is_fetched(tmp_path: Pat
     assert done.returncode == 0, done.stderr
 
 
+def test_types_and_methods_are_taken_in_capitals(tmp_path: Path, capsys: Capture) -> None:
+    model = tiny_model("llama", tmp_path / "m", vocab_size=320)
+    tiny_tokenizer(model)
+    assert main(["convert", str(model), str(tmp_path / "m.gguf"), "--type", "Q8_0"]) == 0
+    assert main(["plan", str(model), "--method", "Q4_K_M"]) == 0
+    assert main(["quantize", str(model), str(tmp_path / "q"), "--method", "Q8_0"]) == 0
+    capsys.readouterr()
+
+
 def test_a_library_leaves_torch_as_it_is(tmp_path: Path) -> None:
     model = tiny_model("llama", tmp_path / "m")
     code = (

@@ -76,6 +76,11 @@ def interrupted(argv: list[str]) -> str:
     return f"interrupted; the same command with --resume goes on from {again}"
 
 
+def lower(value: str | None) -> str | None:
+    """A callback of options that name methods and types: llama.cpp writes its own in capitals."""
+    return None if value is None else value.lower()
+
+
 def choice(value: str, allowed: Iterable[str], what: str) -> str:
     """``value`` when it is allowed; else RequestError with the allowed values and the nearest one."""
     names = sorted(allowed)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbits.cli.base import Debug, Json, choice, console, emit, stderr
+from fewbits.cli.base import Debug, Json, choice, console, emit, lower, stderr
 from fewbits.cli.bench import sizes
 from fewbits.cli.progress import Progress
 from fewbits.errors import RequestError
@@ -18,7 +18,9 @@ WIDE = 150
 def command(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A transformers directory or a hub id.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Checkpoints, figures, table and page.")],
-    methods: Annotated[str, typer.Option(metavar="M,M,...", help="As --method of quantize.")] = "rtn,gptq,awq",
+    methods: Annotated[
+        str, typer.Option(metavar="M,M,...", callback=lower, help="As --method of quantize.")
+    ] = "rtn,gptq,awq",
     bits: Annotated[str | None, typer.Option(metavar="B,B,...", help="For methods that take --bits.")] = None,
     formats: Annotated[
         str | None, typer.Option(metavar="F,F,...", help="Each cell in each; default: the method's own.")

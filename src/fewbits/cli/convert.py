@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbits.cli.base import Debug, Json, choice, emit, human, size, stderr
+from fewbits.cli.base import Debug, Json, choice, emit, human, lower, size, stderr
 from fewbits.cli.progress import Progress
 from fewbits.errors import RequestError
 
@@ -22,7 +22,8 @@ def command(
         typer.Option(help="gguf, transformers (dense), imatrix, gptq, awq, compressed-tensors, bitsandbytes, fewbits."),
     ] = None,
     type: Annotated[
-        str | None, typer.Option(help="GGUF: f16, bf16, f32, q8_0, q4_k_m ...; transformers: f16, bf16 or f32.")
+        str | None,
+        typer.Option(callback=lower, help="GGUF: f16, bf16, f32, q8_0, q4_k_m ...; transformers: f16, bf16 or f32."),
     ] = None,
     lossy: Annotated[bool, typer.Option("--lossy", help="Round what the new format cannot hold exactly.")] = False,
     dry_run: Annotated[

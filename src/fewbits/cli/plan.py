@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbits.cli.base import Debug, Json, Verbose, console, emit, human, number, size
+from fewbits.cli.base import Debug, Json, Verbose, console, emit, human, lower, number, size
 from fewbits.errors import RequestError
 
 
@@ -17,7 +17,7 @@ def command(
     src: Annotated[
         str, typer.Argument(metavar="SRC", help="A transformers directory (config.json will do) or a hub id.")
     ],
-    method: Annotated[str, typer.Option(help="As for quantize.")] = "gptq",
+    method: Annotated[str, typer.Option(callback=lower, help="As for quantize.")] = "gptq",
     grid: Annotated[str | None, typer.Option(help="As for quantize.")] = None,
     bits: Annotated[int | None, typer.Option(help="Bits per code; default: the method's own.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Columns that share a scale; -1 is a whole row.")] = None,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbits.cli.base import Debug, Json, Verbose, choice, console, emit, human, number, size, stderr
+from fewbits.cli.base import Debug, Json, Verbose, choice, console, emit, human, lower, number, size, stderr
 from fewbits.cli.gate import Gate
 from fewbits.cli.log import Log
 from fewbits.cli.progress import Progress
@@ -16,7 +16,9 @@ from fewbits.cli.progress import Progress
 def command(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A transformers directory or a hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")],
-    method: Annotated[str, typer.Option(help="rtn, gptq, awq, ...; for GGUF q4_k_m, q4_k_m+imatrix, ...")] = "gptq",
+    method: Annotated[
+        str, typer.Option(callback=lower, help="rtn, gptq, awq, ...; for GGUF q4_k_m, q4_k_m+imatrix, ...")
+    ] = "gptq",
     grid: Annotated[
         str | None, typer.Option(help="Numbers in place of the method's: fp8, mxfp4, nvfp4, int4, ...")
     ] = None,

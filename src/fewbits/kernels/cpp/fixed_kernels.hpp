@@ -43,23 +43,41 @@ inline ivec codes_of(vec x, vec reciprocal) {
 
 inline ivec imax(ivec a, ivec b) { return a > b ? a : b; }
 
-// Codes of one row, pair after pair; the scale is returned.
-inline float row_codes(const float *x, int depth, std::int32_t *out) {
-    alignas(64) float row[fixed_depth];
-    if (depth < fixed_depth) std::memset(row, 0, sizeof row);
-    std::memcpy(row, x, depth * sizeof(float));
-    ivec most = {};
-    for (int k = 0; k < fixed_depth; k += lanes) most = imax(most, bits_of(load(row + k)) & isplat(0x7fffffff));
-    std::int32_t largest = 0;
-    for (int l = 0; l < lanes; ++l) largest = most[l] > largest ? most[l] : largest;
-    float scale, reciprocal;
-    scale_of(largest, &scale, &reciprocal);
-    alignas(64) std::int16_t codes[fixed_depth];
-    for (int k = 0; k < fixed_depth; k += lanes) {
-        const ivec c = codes_of(load(row + k), splat(reciprocal));
-        for (int l = 0; l < lanes; ++l) codes[k + l] = static_cast<std::int16_t>(c[l]);
+// Codes of 2 * lanes values in order, two to a word.
+inline void row_pairs(const float *x, vec reciprocal, std::int32_t *out) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const ivec low = codes_of(load(x), reciprocal), high = codes_of(load(x + lanes), reciprocal);
+    const __m256i mixed = _mm256_packs_epi32((__m256i)low, (__m256i)high);  // halves of both, in turns
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), _mm256_permute4x64_epi64(mixed, 0xd8));
+#else
+    alignas(64) std::int16_t codes[2 * lanes];
+    for (int half = 0; half < 2; ++half) {
+        const ivec c = codes_of(load(x + half * lanes), reciprocal);
+        for (int l = 0; l < lanes; ++l) codes[half * lanes + l] = static_cast<std::int16_t>(c[l]);
     }
     std::memcpy(out, codes, sizeof codes);
+#endif
+}
+
+// Codes of one row, pair after pair; the scale is returned.
+inline float row_codes(const float *x, int depth, std::int32_t *out) {
+    alignas(64) float padded[fixed_depth];
+    if (depth < fixed_depth) {
+        std::memset(padded, 0, sizeof padded);
+        std::memcpy(padded, x, depth * sizeof(float));
+        x = padded;
+    }
+    ivec most[4] = {};  // one after the other would wait for each comparison
+    for (int k = 0; k < fixed_depth; k += 4 * lanes) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) most[i] = imax(most[i], bits_of(load(x + k + i * lanes)) & isplat(0x7fffffff));
+    }
+    const ivec all = imax(imax(most[0], most[1]), imax(most[2], most[3]));
+    std::int32_t largest = 0;
+    for (int l = 0; l < lanes; ++l) largest = all[l] > largest ? all[l] : largest;
+    float scale, reciprocal;
+    scale_of(largest, &scale, &reciprocal);
+    for (int k = 0; k < fixed_depth; k += 2 * lanes) row_pairs(x + k, splat(reciprocal), out + k / 2);
     return scale;
 }
 
@@ -95,6 +113,8 @@ inline void turn(const std::int32_t (*in)[fixed_depth / 2], std::int32_t *out) {
 #endif
 }
 
+constexpr int ahead = 4;  // rows to fetch in advance: they are far apart, and the processor does not foresee the next
+
 void fixed_pack(const float *x, std::int64_t stride, int rows, int depth, void *packed) {
     std::int32_t *out = static_cast<std::int32_t *>(packed);
     float *scale = scales_of(packed);
@@ -102,7 +122,11 @@ void fixed_pack(const float *x, std::int64_t stride, int rows, int depth, void *
     for (int first = 0; first < fixed_panel; first += 8) {
         for (int r = 0; r < 8; ++r) {
             if (first + r < rows) {
-                scale[first + r] = row_codes(x + (first + r) * stride, depth, eight[r]);
+                const float *row = x + (first + r) * stride;
+                if (first + r + ahead < rows) {
+                    for (int k = 0; k < depth; k += 16) __builtin_prefetch(row + ahead * stride + k);
+                }
+                scale[first + r] = row_codes(row, depth, eight[r]);
             } else {
                 scale[first + r] = 0.0f;
                 std::memset(eight[r], 0, sizeof eight[r]);

@@ -6,9 +6,9 @@ trace them. That alone brings in the compiler, sympy and the distributed operato
 a first token. Here the compiler is told nothing and comes when something else is wanted of it; the distributed part is
 absent, as in a torch that is built without it.
 
-Another sixth: the losses of object detectors bring in scipy, and the sources of all of transformers' models are read
-twice for the names in them. And an eighth: torch describes in Python, with sympy at hand, what some hundred operators
-do to tensors on the meta device; those that most models are built with are described in C++ as well.
+Another seventh: the losses of object detectors bring in scipy, and the sources of all of transformers' models are read
+twice for the names in them. And as much again: torch describes in Python, with sympy at hand, what some hundred
+operators do to tensors on the meta device; those that most models are built with are described in C++ as well.
 
 Only the command line does this, in a process of its own: a library must leave torch as it is.
 """

@@ -21,6 +21,19 @@ from tests.tiny import tiny_model, tiny_tokenizer
 
 Capture = pytest.CaptureFixture[str]
 
+GENERATE = """
+import sys
+from fewbits import cli
+sys.argv = ["fewbits", "generate", sys.argv[1], "a b", "--max-tokens", "2"]
+assert cli.main() == 0
+"""
+
+
+def run_alone(code: str, model: Path) -> None:
+    """Run ``code`` in a process of its own that finds ``model`` in its arguments."""
+    done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
 
 def failed(capsys: Capture, argv: list[str], code: int) -> str:
     """Run, expect ``code``; returns the one error line."""
@@ -74,9 +87,6 @@ def test_a_command_spares_the_compiler_and_the_distribution_of_torch(tmp_path: P
     model = tiny_model("llama", tmp_path / "m", vocab_size=320)
     tiny_tokenizer(model)
     code = (
-        "import sys; from fewbits import cli\n"
-        "sys.argv = ['fewbits', 'generate', sys.argv[1], 'a b', '--max-tokens', '2']\n"
-        "assert cli.main() == 0\n"
         "unused = {'torch._dynamo.utils', 'torch.distributed.tensor', 'scipy', 'sympy'}\n"
         "assert not unused & set(sys.modules)\n"
         "from transformers.masking_utils import TransformGetItemToIndex\n"
@@ -85,8 +95,7 @@ def test_a_command_spares_the_compiler_and_the_distribution_of_torch(tmp_path: P
         "f = torch.compile(lambda x: x + 1, backend='eager'); assert f(torch.ones(1)) == 2\n"
         "assert 'torch._dynamo.utils' in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_alone(GENERATE + code, model)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma3", "phi3", "opt", "gpt2", "mixtral"])
@@ -97,8 +106,7 @@ def test_every_family_is_built_without_what_torch_says_of_the_meta_device_in_pyt
         "import sys; from fewbits.runtime import lean; lean.spare(); lean.spare_meta()\n"
         "import fewbits; fewbits.load(sys.argv[1]); assert 'sympy' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tiny_model(family, tmp_path / "m"))], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    run_alone(code, tiny_model(family, tmp_path / "m"))
 
 
 def test_an_operator_that_is_missing_on_the_meta_device_is_fetched(tmp_path: Path) -> None:
@@ -108,14 +116,8 @@ def test_an_operator_that_is_missing_on_the_meta_device_is_fetched(tmp_path: Pat
     rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     config["rope_parameters"] = {"rope_theta": 10000.0, "original_max_position_embeddings": 64} | rope
     (model / "config.json").write_text(json.dumps(config))  # this kind of rope calls torch.where
-    code = (
-        "import sys; from fewbits import cli\n"
-        "sys.argv = ['fewbits', 'generate', sys.argv[1], 'a b', '--max-tokens', '2']\n"
-        "assert cli.main() == 0\n"
-        "import torch; x = torch.ones(2, device='meta'); assert torch.where(x > 0, x, x).shape == x.shape\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code = "import torch; x = torch.ones(2, device='meta'); assert torch.where(x > 0, x, x).shape == x.shape\n"
+    run_alone(GENERATE + code, model)
 
 
 def test_types_and_methods_are_taken_in_capitals(tmp_path: Path, capsys: Capture) -> None:

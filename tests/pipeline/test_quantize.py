@@ -14,6 +14,7 @@ import torch
 
 from fewbits import api, formats
 from fewbits.errors import FewbitsError, RequestError
+from fewbits.kernels import fixed
 from fewbits.model import Source
 from fewbits.storage import Checkpoint
 from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
@@ -187,6 +188,32 @@ def test_stopping_between_blocks_and_resuming_changes_no_byte(llama, tmp_path):
         api.quantize(llama, out, method="awq+gptq", format="fewbits", resume=True, **SMALL)
         assert tree(out) == tree(tmp_path / "whole")
         assert not Path(f"{out}.partial").exists()
+
+
+@pytest.mark.parametrize("format", ["fewbits", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_products_of_bytes_are_the_same_after_resuming(llama, tmp_path, monkeypatch, format, symmetric):
+    """Solved layers compute from their codes, read back ones too, whatever the format stores."""
+    settings = SMALL | {"compute": "fixed", "group_size": 32, "samples": 40}  # 640 tokens
+    settings |= {"method": "gptq", "bits": 4, "symmetric": symmetric, "format": format}
+    calls = []
+    real = fixed.few_linear
+    monkeypatch.setattr(fixed, "few_linear", lambda x, w, bias: calls.append(len(x)) or real(x, w, bias))
+    api.quantize(llama, tmp_path / "whole", **settings)
+    assert len(calls) == 21  # one batch through every layer once
+    out = tmp_path / "out"
+
+    class Stop(BaseException):
+        pass
+
+    def stop(event):
+        if event["event"] == "block" and event["block"] == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        api.quantize(llama, out, on_event=stop, **settings)
+    api.quantize(llama, out, resume=True, **settings)
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 @pytest.mark.slow

@@ -17,10 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from fewbits.kernels import Sums, _table, reference
 from fewbits.kernels._table import register, require, shape
+from fewbits.kernels.few import Few, few_linear
 
 DEPTH, MOST = 128, 4095
 FEWEST = 32
 """Rows of x from which packing the weight pays."""
+FEW = "fewbits_codes"
 
 
 def _uses(level: str) -> str:
@@ -138,12 +140,13 @@ SUMS = Sums(fixed_gram_, fixed_cross_)
 
 class FixedPoint(TorchFunctionMode):
     """Within it, linear layers and attention of float32 on the CPU compute in fixed point, wherever what torch is asked
-    for is one of the products above; gradients are not recorded."""
+    for is one of the products above; gradients are not recorded. A weight whose attribute ``FEW`` holds its codes is
+    multiplied in bytes."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.linear and _takes_linear(*args, **kwargs):
-            return fixed_linear(*args, **kwargs)
+            return _linear(*args, **kwargs)
         if func is F.scaled_dot_product_attention and _takes_attention(*args, **kwargs):
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
@@ -155,6 +158,11 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 def _takes_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return _plain(input, weight, bias) and weight.ndim == 2 and input.shape[:-1].numel() >= FEWEST
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    few: Few | None = getattr(weight, FEW, None)
+    return fixed_linear(input, weight, bias) if few is None else few_linear(input, few, bias)
 
 
 def _takes_attention(

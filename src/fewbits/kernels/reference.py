@@ -101,6 +101,12 @@ def fixed_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(fixed_point(x), fixed_point(w), bias)
 
 
+def few_linear(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, group: int, bias: Tensor | None) -> Tensor:
+    """See :func:`fewbits.kernels.few.few_linear`."""
+    s, z = (t.repeat_interleave(group, 1)[:, : codes.shape[1]] for t in (scale, zero))
+    return torch.nn.functional.linear(fixed_point(x, 32, 127), (codes - z) * s, bias)
+
+
 def fixed_gram_(G: Tensor, x: Tensor) -> None:
     """See :func:`fewbits.kernels.fixed.fixed_gram_`."""
     gram_(G, fixed_point(x.T).T)

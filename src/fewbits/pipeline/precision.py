@@ -10,14 +10,17 @@ from typing import Any
 import torch
 
 from fewbits import kernels
-from fewbits.kernels import fixed
+from fewbits.grids import Int
+from fewbits.kernels import few, fixed
+from fewbits.tensor import Quantized
 
 
 @dataclass(frozen=True)
 class Precision:
     """Forward passes run inside ``context()``, those that are differentiated inside ``differentiable()``; inputs are
     observed as ``observed`` and added up by ``sums``. ``steady``: the number of threads changes no product, however few
-    its rows; libraries' products of few rows round differently with it.
+    its rows; libraries' products of few rows round differently with it. ``learn`` is told what a weight holds once that
+    is quantized.
     """
 
     context: Callable[[], AbstractContextManager[Any]]
@@ -25,16 +28,30 @@ class Precision:
     sums: kernels.Sums
     differentiable: Callable[[], AbstractContextManager[Any]] = nullcontext
     steady: bool = False
+    learn: Callable[[torch.Tensor, Quantized], None] = lambda weight, q: None
 
 
 def _autocast() -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16)
 
 
+def _learn(weight: torch.Tensor, q: Quantized) -> None:
+    """Products of whole groups of small codes are computed in bytes; inputs that are quantized already are left so."""
+    grid, columns = q.grid, q.codes.shape[-1]
+    if not isinstance(grid, Int) or grid.qmax > few.HIGHEST or grid.rows != 1:
+        return
+    if q.residual is not None or q.inputs is not None or "g_idx" in q.params:
+        return
+    group = columns if grid.group == -1 else grid.group
+    if group % few.RUN == 0 or group >= columns:
+        scale = q.params["scale"].float()
+        setattr(weight, fixed.FEW, few.Few.of(q.codes, scale, grid.zero_points(q.params), group))
+
+
 PRECISIONS = {
     "bf16": Precision(_autocast, torch.bfloat16, kernels.SUMS, _autocast),
     "fp32": Precision(nullcontext, torch.float32, kernels.SUMS),
-    "fixed": Precision(fixed.FixedPoint, torch.float32, fixed.SUMS, steady=True),
+    "fixed": Precision(fixed.FixedPoint, torch.float32, fixed.SUMS, steady=True, learn=_learn),
 }
 
 

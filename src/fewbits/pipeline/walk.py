@@ -97,7 +97,7 @@ class Walk:
                         seen = replace(inputs or Stats.nothing(), fisher=fisher[local])
                     q, event = solve_one(get_weight(block.get_submodule(local)), recipe, seen, self.layout)
                     q = replace(q, inputs=inputs_of(recipe, seen, DTYPES[self.plan.dtype], names[local]))
-                    set_weight(block.get_submodule(local), q.dense())
+                    self._set(block.get_submodule(local), q)
                     solved[local] = q
                     events.append({"event": "tensor", "block": i, "name": names[local]} | event)
 
@@ -160,12 +160,14 @@ class Walk:
 
     def replay(self, i: int, acts: Acts, stored: Mapping[str, Tensor]) -> None:
         """Move ``acts`` past a block that is already finished, exactly as :meth:`quantize` did."""
-        self._pass(self.restored(i, stored), i, acts)
+        self._pass(self.restored(i, stored, learnt=True), i, acts)
         if acts.original is not None:
             self._pass(self.source.block(i), i, acts.original)
 
-    def restored(self, i: int, stored: Mapping[str, Tensor]) -> nn.Module:
-        """Block ``i`` with the weights of its finished part, float32."""
+    def restored(self, i: int, stored: Mapping[str, Tensor], learnt: bool = False) -> nn.Module:
+        """Block ``i`` with the weights of its finished part, float32; ``learnt`` computes exactly as :meth:`quantize`
+        did, else in the best way that there is.
+        """
         block = self.source.block(i)
         codes: set[str] = set()
         inputs: dict[str, Inputs | None] = {}
@@ -176,7 +178,7 @@ class Walk:
                 codes.add(f"{name}.weight")
                 parts = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
                 q = self.layout.unpack(name, parts)
-                set_weight(module, q.dense())
+                self._set(module, q, learnt)
                 inputs[local] = q.inputs
         quantize_inputs(block, inputs.get, inputs)
         self.source.load_state(block, i, {k: t for k, t in stored.items() if k not in codes})
@@ -188,6 +190,11 @@ class Walk:
             return self._call(block, i, hidden)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _set(self, module: nn.Module, q: Quantized, learnt: bool = True) -> None:
+        set_weight(module, q.dense())
+        if learnt and isinstance(module.weight, nn.Parameter):
+            PRECISIONS[self.plan.compute].learn(module.weight, q)
 
     def _advance(
         self,

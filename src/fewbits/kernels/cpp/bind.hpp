@@ -9,6 +9,7 @@ void bind_solver(nanobind::module_ &m);
 void bind_w8a8(nanobind::module_ &m);
 void bind_kquant(nanobind::module_ &m);
 void bind_fixed(nanobind::module_ &m);
+void bind_few(nanobind::module_ &m);
 void bind_cluster(nanobind::module_ &m);
 #if defined(FEWBITS_WITH_QLINEAR)
 void bind_qlinear(nanobind::module_ &m);  // defined in qlinear.cpp

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "fixed.hpp"
-#include "vec.hpp"
+#include "runs.hpp"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -19,29 +19,6 @@ inline float *scales_of(void *packed) { return static_cast<float *>(packed) + fi
 inline const float *scales_of(const void *packed) {
     return static_cast<const float *>(packed) + fixed_depth / 2 * fixed_panel;
 }
-
-// Scale of a run whose largest magnitude has these bits, and its reciprocal. NaN and infinity make the scale NaN and
-// the codes zero: whatever is multiplied by them becomes NaN. Below 1e-30 the reciprocal is not safe: such runs are zero.
-inline void scale_of(std::int32_t largest, float *scale, float *reciprocal) {
-    float most;
-    std::memcpy(&most, &largest, sizeof most);
-    if (largest >= 0x7f800000) {
-        *scale = __builtin_nanf(""), *reciprocal = 0.0f;
-    } else if (most < 1e-30f) {
-        *scale = 0.0f, *reciprocal = 0.0f;
-    } else {
-        *scale = most / fixed_most, *reciprocal = fixed_most / most;
-    }
-}
-
-// Codes of one vector, ties to even. NaN and infinity count as 0 here: the scale of their run is NaN already.
-inline ivec codes_of(vec x, vec reciprocal) {
-    const ivec finite = (bits_of(x) & isplat(0x7fffffff)) < isplat(0x7f800000);
-    const vec magic = splat(12582912.0f);  // the sum has no bits left for a fraction
-    return bits_of(as_float(bits_of(x) & finite) * reciprocal + magic) - bits_of(magic);
-}
-
-inline ivec imax(ivec a, ivec b) { return a > b ? a : b; }
 
 // Codes of 2 * lanes values in order, two to a word.
 inline void row_pairs(const float *x, vec reciprocal, std::int32_t *out) {
@@ -70,13 +47,10 @@ inline float row_codes(const float *x, int depth, std::int32_t *out) {
     ivec most[4] = {};  // one after the other would wait for each comparison
     for (int k = 0; k < fixed_depth; k += 4 * lanes) {
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) most[i] = imax(most[i], bits_of(load(x + k + i * lanes)) & isplat(0x7fffffff));
+        for (int i = 0; i < 4; ++i) most[i] = imax(most[i], magnitude(load(x + k + i * lanes)));
     }
-    const ivec all = imax(imax(most[0], most[1]), imax(most[2], most[3]));
-    std::int32_t largest = 0;
-    for (int l = 0; l < lanes; ++l) largest = all[l] > largest ? all[l] : largest;
     float scale, reciprocal;
-    scale_of(largest, &scale, &reciprocal);
+    scale_of(imax(imax(most[0], most[1]), imax(most[2], most[3])), fixed_most, &scale, &reciprocal);
     for (int k = 0; k < fixed_depth; k += 2 * lanes) row_pairs(x + k, splat(reciprocal), out + k / 2);
     return scale;
 }
@@ -113,8 +87,6 @@ inline void turn(const std::int32_t (*in)[fixed_depth / 2], std::int32_t *out) {
 #endif
 }
 
-constexpr int ahead = 4;  // rows to fetch in advance: they are far apart, and the processor does not foresee the next
-
 void fixed_pack(const float *x, std::int64_t stride, int rows, int depth, void *packed) {
     std::int32_t *out = static_cast<std::int32_t *>(packed);
     float *scale = scales_of(packed);
@@ -123,9 +95,7 @@ void fixed_pack(const float *x, std::int64_t stride, int rows, int depth, void *
         for (int r = 0; r < 8; ++r) {
             if (first + r < rows) {
                 const float *row = x + (first + r) * stride;
-                if (first + r + ahead < rows) {
-                    for (int k = 0; k < depth; k += 16) __builtin_prefetch(row + ahead * stride + k);
-                }
+                fetch_ahead(row, stride, rows - first - r, depth);
                 scale[first + r] = row_codes(row, depth, eight[r]);
             } else {
                 scale[first + r] = 0.0f;
@@ -155,9 +125,9 @@ void fixed_pack_columns(const float *x, std::int64_t stride, int columns, int de
             } else {
                 for (int c = 0; c < here; ++c) run[t][c] = from[c];
             }
-            most = imax(most, bits_of(load(run[t])) & isplat(0x7fffffff));
+            most = imax(most, magnitude(load(run[t])));
         }
-        for (int l = 0; l < lanes; ++l) scale_of(most[l], scale + first + l, reciprocal + l);
+        for (int l = 0; l < lanes; ++l) scale_of(most[l], fixed_most, scale + first + l, reciprocal + l);
         const vec by = load(reciprocal);
         for (int p = 0; p < fixed_depth / 2; ++p) {
             const ivec even = codes_of(load(run[2 * p]), by), odd = codes_of(load(run[2 * p + 1]), by);

@@ -23,6 +23,7 @@ NB_MODULE(_C, m) {
     fewbits::bind_w8a8(m);
     fewbits::bind_kquant(m);
     fewbits::bind_fixed(m);
+    fewbits::bind_few(m);
     fewbits::bind_cluster(m);
 #if defined(FEWBITS_WITH_QLINEAR)
     fewbits::bind_qlinear(m);

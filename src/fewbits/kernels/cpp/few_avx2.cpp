@@ -1,0 +1,7 @@
+#include "few_kernels.hpp"
+
+namespace fewbits {
+
+const FewKernels &few_avx2() { return few_all; }
+
+}  // namespace fewbits

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fewbits import kernels
@@ -117,4 +118,4 @@ class Stats:
 
 def loss(error: Tensor, gram: Tensor) -> Tensor:
     """``tr(E G Eᵀ)`` for an error ``E [out, in]`` of the weights: the squared error of the layer's output."""
-    return ((error @ gram) * error).sum(1).sum()  # by rows: a flat sum depends on the number of threads
+    return (F.linear(error, gram) * error).sum(1).sum()  # by rows: a flat sum depends on the number of threads

@@ -163,14 +163,15 @@ def test_worse_in_weights_better_in_outputs():
     assert (x @ (swept - w).T).square().sum() < 0.7 * (x @ (near - w).T).square().sum()
 
 
-def test_factor_identity():
-    """U_jj² = [(H_jj..)⁻¹]_00 for every j, and H⁻¹ = UᵀU."""
-    _, _, stats = problem(columns=12)
+@pytest.mark.parametrize("columns", [12, 199])
+def test_factor_identity(columns):
+    """U_jj² = [(H_jj..)⁻¹]_00 for every j, and H⁻¹ = UᵀU with U upper triangular."""
+    _, _, stats = problem(columns=columns, tokens=2 * columns)
     H = stats.gram.double()
-    U, used = inverse_factor(H, torch.zeros(12, dtype=torch.bool), 0.01)
-    H = H + 0.01 * H.diagonal().mean() * torch.eye(12, dtype=torch.float64)
-    assert torch.allclose(U.T @ U, torch.linalg.inv(H), rtol=1e-10)
-    for j in range(12):
+    U, used = inverse_factor(H, torch.zeros(columns, dtype=torch.bool), 0.01)
+    H = H + 0.01 * H.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    assert torch.allclose(U.T @ U, torch.linalg.inv(H), rtol=1e-10, atol=1e-12) and not bool(U.tril(-1).any())
+    for j in range(0, columns, max(1, columns // 12)):
         assert float(U[j, j] ** 2) == pytest.approx(float(torch.linalg.inv(H[j:, j:])[0, 0]), rel=1e-10)
     assert used == {"damp": 0.01, "float64": 0.0}
 

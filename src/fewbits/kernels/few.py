@@ -86,5 +86,5 @@ def few_linear(x: Tensor, w: Few, bias: Tensor | None = None) -> Tensor:
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         bias = None if bias is None else bias.detach().contiguous()
         addresses = [0 if t is None else t.data_ptr() for t in (out, rows, w.packed, bias)]
-        _table.C.few_linear(*addresses, len(rows), n, m, rows.stride(0), _table.threads())
+        _table.C.few_linear(*addresses, len(rows), n, m, w.group, rows.stride(0), _table.threads())
     return out.view(*x.shape[:-1], m)

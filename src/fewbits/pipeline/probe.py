@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewbits.kernels import one_thread
 from fewbits.pipeline.walk import Walk
 
 CHUNK = 256
@@ -37,7 +36,6 @@ class Probe:
         """Move the other stream past block ``i`` as it was written."""
         self.hidden = self.walk.forward(self.walk.restored(i, stored), i, self.hidden)
 
-    @one_thread()
     def finish(self, head: Tensor | None = None) -> dict[str, float]:
         """KL(P‖Q) in nats per token, top-1 agreement, and both perplexities, over every scored token. ``head`` is the
         output head's weight as it was written, if that was quantized.
@@ -49,9 +47,11 @@ class Probe:
             for a in range(0, self.ids.shape[1] - 1, CHUNK):
                 target = self.ids[row, a + 1 : a + 1 + CHUNK]
                 b = a + len(target)
-                p = torch.log_softmax(tail(self.reference[row, a:b].float()), -1)
-                q = torch.log_softmax(other(self.hidden[row, a:b].float()), -1)
-                total += float((p.exp() * (p - q)).sum())
+                with self.walk.steady(len(target)):
+                    p = torch.log_softmax(tail(self.reference[row, a:b].float()), -1)
+                    q = torch.log_softmax(other(self.hidden[row, a:b].float()), -1)
+                    kl = (p.exp() * (p - q)).sum(-1)  # a sum over all at once would be split among threads
+                total += float(kl.sum())
                 agree += int((p.argmax(-1) == q.argmax(-1)).sum())
                 tokens += len(target)
                 for k, x in enumerate((p, q)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -188,6 +188,11 @@ class Walk:
         """A batch of few rows ``[rows, tokens, width]`` through a block, float32; no thread count changes it."""
         with nullcontext() if self._steady(block, i, hidden) else one_thread(), self._precision():
             return self._call(block, i, hidden)
+
+    def steady(self, tokens: int) -> AbstractContextManager[Any]:
+        """For products of ``tokens`` rows in float32 that no thread count changes: all threads where that is sure."""
+        surely = PRECISIONS[self.plan.compute].steady and tokens >= fixed.FEWEST
+        return self._precision() if surely else one_thread()
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@
 
 #include "bind.hpp"
 #include "cpu.hpp"
+#include "panel_out.hpp"
 #include "parallel.hpp"
 #include "scratch.hpp"
 
@@ -15,7 +16,7 @@ namespace nb = nanobind;
 namespace fewbits {
 namespace {
 
-thread_local Scratch own_panel;
+thread_local Scratch own_panel, own_sums;
 
 const FewKernels &few_kernels() {
 #if defined(FEWBITS_WITH_AVX2)
@@ -58,28 +59,30 @@ void few_weight(std::uintptr_t out, std::uintptr_t codes, std::uintptr_t scale, 
 }
 
 void few_linear(std::uintptr_t y_at, std::uintptr_t x_at, std::uintptr_t w_at, std::uintptr_t bias_at,
-                std::int64_t tokens, std::int64_t columns, std::int64_t out, std::int64_t x_stride, int threads) {
+                std::int64_t tokens, std::int64_t columns, std::int64_t out, std::int64_t group, std::int64_t x_stride,
+                int threads) {
     const FewKernels &k = few_kernels();
     const auto *x = reinterpret_cast<const float *>(x_at), *bias = reinterpret_cast<const float *>(bias_at);
     const char *w = reinterpret_cast<const char *>(w_at);
     float *const y = reinterpret_cast<float *>(y_at);
-    const std::int64_t runs = parts(columns, few_run);
+    const std::int64_t runs = parts(columns, few_run), per_group = std::min(parts(group, few_run), runs);
     parallel_for(parts(tokens, few_panel), 1, threads, [&](std::int64_t i, std::int64_t) {
         alignas(64) float product[few_panel * few_panel];
         char *const input = own_panel.get(runs * few_bytes);
+        float *const sums = reinterpret_cast<float *>(own_sums.get(parts(runs, per_group) * few_panel * 4));
         const int rows = rows_of(tokens, i);
         for (std::int64_t run = 0; run < runs; ++run) {
             const std::int64_t first = run * few_run;
             k.pack(x + i * few_panel * x_stride + first, x_stride, rows,
                    static_cast<int>(std::min<std::int64_t>(few_run, columns - first)), input + run * few_bytes);
         }
+        k.add(input, runs, per_group, sums);
         for (std::int64_t j = 0; j * few_panel < out; ++j) {
-            k.multiply(input, w + j * runs * few_bytes, runs, product);
+            float *const to = y + i * few_panel * out + j * few_panel;
             const int here = rows_of(out, j);
-            for (int r = 0; r < rows; ++r) {
-                float *to = y + (i * few_panel + r) * out + j * few_panel;
-                for (int c = 0; c < here; ++c) to[c] = product[r * few_panel + c] + (bias ? bias[j * few_panel + c] : 0.0f);
-            }
+            expect(to, out, rows, here);
+            k.multiply(input, sums, w + j * runs * few_bytes, runs, per_group, product);
+            put(to, out, product, few_panel, rows, here, bias ? bias + j * few_panel : nullptr);
         }
     });
 }

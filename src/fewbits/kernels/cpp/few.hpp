@@ -18,8 +18,10 @@ constexpr std::int64_t few_bytes = few_run * few_panel + 2 * few_panel * 4;
 struct FewKernels {
     // Packs up to `few_run` values of each of `rows` rows of x, `stride` elements apart; rows that are missing become zero.
     void (*pack)(const float *x, std::int64_t stride, int rows, int depth, void *packed);
-    // out[panel][panel] = (panel of x) (panel of w)^T over `runs` runs.
-    void (*multiply)(const void *x, const void *w, std::int64_t runs, float *out);
+    // sums[group][panel] = sums over the runs of each group of a packed panel of x: what meets the zero points of w.
+    void (*add)(const void *x, std::int64_t runs, std::int64_t per_group, float *sums);
+    // out[panel][panel] = (panel of x) (panel of w)^T over `runs` runs; zero points are those of the first run of a group.
+    void (*multiply)(const void *x, const float *sums, const void *w, std::int64_t runs, std::int64_t per_group, float *out);
 };
 
 const FewKernels &few_portable();

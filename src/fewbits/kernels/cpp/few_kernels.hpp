@@ -68,16 +68,22 @@ void few_pack(const float *x, std::int64_t stride, int rows, int depth, void *pa
     }
 }
 
-// out = -(scale * sum of codes of x) (scale * zero point of w)^T, summed over runs: what the zero points take away.
-inline void few_zeros(const std::int32_t *x, const std::int32_t *w, std::int64_t runs, float *out) {
-    std::memset(out, 0, few_panel * few_panel * sizeof(float));
-    for (std::int64_t run = 0; run < runs; ++run) {
-        const float *sums = floats_of(x + run * few_step) + few_panel, *zeros = floats_of(w + run * few_step) + few_panel;
-        for (int r = 0; r < few_panel; ++r) {
-            const vec sum = splat(sums[r]);
-            for (int c = 0; c < few_panel; c += lanes) {
-                float *to = out + r * few_panel + c;
-                store(to, load(to) - sum * load(zeros + c));
+// out = -(sums of x) (scale * zero point of w)^T, added up over groups: what the zero points take away.
+inline void few_zeros(const float *sums, const std::int32_t *w, std::int64_t runs, std::int64_t per_group, float *out) {
+    constexpr int rows = 4, vectors = 2;
+    for (int c = 0; c < few_panel; c += vectors * lanes) {
+        for (int r = 0; r < few_panel; r += rows) {
+            vec taken[rows][vectors] = {};
+            for (std::int64_t run = 0, group = 0; run < runs; run += per_group, ++group) {
+                const float *zeros = floats_of(w + run * few_step) + few_panel + c, *sum = sums + group * few_panel + r;
+#pragma GCC unroll 4
+                for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 2
+                    for (int v = 0; v < vectors; ++v) taken[i][v] -= splat(sum[i]) * load(zeros + v * lanes);
+                }
+            }
+            for (int i = 0; i < rows; ++i) {
+                for (int v = 0; v < vectors; ++v) store(out + (r + i) * few_panel + c + v * lanes, taken[i][v]);
             }
         }
     }
@@ -156,9 +162,19 @@ inline void few_tile(const std::int32_t *x, const std::int32_t *w, const float *
 
 #endif
 
-void few_multiply(const void *left, const void *right, std::int64_t runs, float *out) {
+void few_add(const void *packed, std::int64_t runs, std::int64_t per_group, float *sums) {
+    const std::int32_t *x = static_cast<const std::int32_t *>(packed);
+    for (std::int64_t run = 0; run < runs; ++run, x += few_step) {
+        float *to = sums + run / per_group * few_panel;
+        if (run % per_group == 0) std::memset(to, 0, few_panel * sizeof(float));
+        for (int r = 0; r < few_panel; ++r) to[r] += floats_of(x)[few_panel + r];
+    }
+}
+
+void few_multiply(const void *left, const float *sums, const void *right, std::int64_t runs, std::int64_t per_group,
+                  float *out) {
     const std::int32_t *x = static_cast<const std::int32_t *>(left), *w = static_cast<const std::int32_t *>(right);
-    few_zeros(x, w, runs, out);
+    few_zeros(sums, w, runs, per_group, out);
     for (std::int64_t run = 0; run < runs; ++run, x += few_step, w += few_step) {
         for (int c = 0; c < few_panel; c += few_columns) {
             for (int r = 0; r < few_panel; r += few_rows) {
@@ -168,7 +184,7 @@ void few_multiply(const void *left, const void *right, std::int64_t runs, float 
     }
 }
 
-const FewKernels few_all = {few_pack, few_multiply};
+const FewKernels few_all = {few_pack, few_add, few_multiply};
 
 }  // namespace
 }  // namespace fewbits

@@ -9,6 +9,7 @@
 
 #include "bind.hpp"
 #include "cpu.hpp"
+#include "panel_out.hpp"
 #include "parallel.hpp"
 #include "scratch.hpp"
 
@@ -30,15 +31,6 @@ int rows_of(std::int64_t all, std::int64_t panel) {
 }
 
 std::int64_t parts(std::int64_t all, std::int64_t size) { return (all + size - 1) / size; }
-
-void put(const FixedJob &job, std::int64_t i, std::int64_t j, const float *out) {
-    const int rows = rows_of(job.tokens, i), columns = rows_of(job.out, j);
-    const float *bias = job.bias ? job.bias + j * fixed_panel : nullptr;
-    for (int r = 0; r < rows; ++r) {
-        float *y = job.y + (i * fixed_panel + r) * job.out + j * fixed_panel;
-        for (int c = 0; c < columns; ++c) y[c] = out[r * fixed_panel + c] + (bias ? bias[c] : 0.0f);
-    }
-}
 
 void linear(std::uintptr_t y, std::uintptr_t x, std::uintptr_t w, std::uintptr_t bias, std::int64_t tokens,
             std::int64_t columns, std::int64_t out, std::int64_t x_stride, std::int64_t w_stride, int threads) {
@@ -116,11 +108,14 @@ void fixed_linear(const FixedJob &job, int threads) {
         }
         for (std::int64_t j = 0; j < rights; ++j) {
             const char *right = weight + j * panel_bytes;
+            float *const to = job.y + i * fixed_panel * job.out + j * fixed_panel;
+            const int rows = rows_of(job.tokens, i), columns = rows_of(job.out, j);
+            expect(to, job.out, rows, columns);
             for (std::int64_t c = 0; c < chunks; ++c) {
-                k.multiply(input + c * fixed_bytes, right + c * fixed_bytes, rows_of(job.out, j), depth_of(job.columns, c),
-                           c > 0, out, fixed_panel);
+                k.multiply(input + c * fixed_bytes, right + c * fixed_bytes, columns, depth_of(job.columns, c), c > 0, out,
+                           fixed_panel);
             }
-            put(job, i, j, out);
+            put(to, job.out, out, fixed_panel, rows, columns, job.bias ? job.bias + j * fixed_panel : nullptr);
         }
     });
 }

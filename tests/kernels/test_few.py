@@ -67,6 +67,14 @@ def test_strided_rows_are_read_in_place(isa):
     assert few.few_linear(wide[:, :100].view(5, 12, 100), w).shape == (5, 12, 20)
 
 
+@pytest.mark.parametrize("m", [2064, 2051])
+def test_large_results_are_those_of_their_parts(isa, m):
+    """Large ones are written past the caches, where lines are whole."""
+    x, w = make(2050, 32), few.Few.of(*weight(m, 32, 32))
+    assert 2050 * m > 4 << 20
+    assert torch.equal(few.few_linear(x, w), torch.cat([few.few_linear(part, w) for part in x.split(480)]))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_visible(isa, bad):
     x = make(60, 200)

@@ -165,6 +165,14 @@ def test_threads_change_nothing(isa, threads):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("m", [2064, 2051])
+def test_large_results_are_those_of_their_parts(isa, m):
+    """Large ones are written past the caches, where lines are whole."""
+    x, w = make(2050, 32), make(m, 32, seed=1)
+    assert 2050 * m > 4 << 20
+    assert torch.equal(fixed.fixed_linear(x, w), torch.cat([fixed.fixed_linear(part, w) for part in x.split(480)]))
+
+
 def test_slices_and_batches(isa):
     wide, w = make(4, 30, 500), make(20, 500, seed=1)
     assert torch.equal(

@@ -66,6 +66,7 @@ void few_linear(std::uintptr_t y_at, std::uintptr_t x_at, std::uintptr_t w_at, s
     const char *w = reinterpret_cast<const char *>(w_at);
     float *const y = reinterpret_cast<float *>(y_at);
     const std::int64_t runs = parts(columns, few_run), per_group = std::min(parts(group, few_run), runs);
+    const bool past = outgrows_caches(tokens, out);
     parallel_for(parts(tokens, few_panel), 1, threads, [&](std::int64_t i, std::int64_t) {
         alignas(64) float product[few_panel * few_panel];
         char *const input = own_panel.get(runs * few_bytes);
@@ -80,9 +81,8 @@ void few_linear(std::uintptr_t y_at, std::uintptr_t x_at, std::uintptr_t w_at, s
         for (std::int64_t j = 0; j * few_panel < out; ++j) {
             float *const to = y + i * few_panel * out + j * few_panel;
             const int here = rows_of(out, j);
-            expect(to, out, rows, here);
             k.multiply(input, sums, w + j * runs * few_bytes, runs, per_group, product);
-            put(to, out, product, few_panel, rows, here, bias ? bias + j * few_panel : nullptr);
+            put(to, out, product, few_panel, rows, here, bias ? bias + j * few_panel : nullptr, past);
         }
     });
 }

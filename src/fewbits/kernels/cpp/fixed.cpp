@@ -92,6 +92,7 @@ void fixed_linear(const FixedJob &job, int threads) {
     const std::int64_t rights = (job.out + fixed_panel - 1) / fixed_panel;
     const std::int64_t lefts = (job.tokens + fixed_panel - 1) / fixed_panel;
     const std::int64_t panel_bytes = chunks * fixed_bytes;
+    const bool past = outgrows_caches(job.tokens, job.out);
     char *const weight = shared_memory.get(rights * panel_bytes);
     parallel_for(rights, 1, threads, [&](std::int64_t j, std::int64_t) {
         for (std::int64_t c = 0; c < chunks; ++c) {
@@ -110,12 +111,11 @@ void fixed_linear(const FixedJob &job, int threads) {
             const char *right = weight + j * panel_bytes;
             float *const to = job.y + i * fixed_panel * job.out + j * fixed_panel;
             const int rows = rows_of(job.tokens, i), columns = rows_of(job.out, j);
-            expect(to, job.out, rows, columns);
             for (std::int64_t c = 0; c < chunks; ++c) {
                 k.multiply(input + c * fixed_bytes, right + c * fixed_bytes, columns, depth_of(job.columns, c), c > 0, out,
                            fixed_panel);
             }
-            put(to, job.out, out, fixed_panel, rows, columns, job.bias ? job.bias + j * fixed_panel : nullptr);
+            put(to, job.out, out, fixed_panel, rows, columns, job.bias ? job.bias + j * fixed_panel : nullptr, past);
         }
     });
 }

@@ -4,25 +4,38 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace fewbits {
 
-// Fetches where `rows` rows of `columns` values will be written, `stride` elements apart, while they are computed: such
-// pieces are too short for the processor to foresee the next.
-inline void expect(const float *y, std::int64_t stride, int rows, int columns) {
-    for (int r = 0; r < rows; ++r) {
-        for (int c = 0; c < columns; c += 16) __builtin_prefetch(y + r * stride + c, 1);
-    }
-}
+// Whether y is larger than what stays in a cache until it is read: then it is written past the caches, since fetching its
+// lines first would cost as much as writing them.
+inline bool outgrows_caches(std::int64_t rows, std::int64_t columns) { return rows * columns >= (4 << 20); }
 
 // y = product + bias, if there is one; `step` values from row to row of the product.
-inline void put(float *y, std::int64_t stride, const float *product, int step, int rows, int columns, const float *bias) {
+inline void put(float *y, std::int64_t stride, const float *product, int step, int rows, int columns, const float *bias,
+                bool past_caches) {
+#if defined(__SSE2__)
+    const bool lines = reinterpret_cast<std::uintptr_t>(y) % 64 == 0 && stride % 16 == 0 && columns % 16 == 0;
+#endif
     for (int r = 0; r < rows; ++r, y += stride, product += step) {
+#if defined(__SSE2__)
+        if (past_caches && lines && !bias) {
+            for (int c = 0; c < columns; c += 4) _mm_stream_ps(y + c, _mm_loadu_ps(product + c));
+            continue;
+        }
+#endif
         if (bias) {
             for (int c = 0; c < columns; ++c) y[c] = product[c] + bias[c];
         } else {
             std::memcpy(y, product, columns * sizeof(float));
         }
     }
+#if defined(__SSE2__)
+    if (past_caches) _mm_sfence();
+#endif
 }
 
 }  // namespace fewbits

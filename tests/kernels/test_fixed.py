@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fewbits import kernels
+from fewbits import kernels, stats
 from fewbits.errors import RequestError
+from fewbits.grids import Int
 from fewbits.kernels import _table, fixed, reference
+from fewbits.solve import Sweep
 
 
 @pytest.fixture(params=["portable", "avx2"])
@@ -194,6 +196,20 @@ def test_within_the_mode_linear_layers_are_fixed_point():
         assert torch.equal(layer(x), plain)
         with fixed.FixedPoint():
             assert layer.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(("largest", "off"), [(1, 1e-4), (1000, 0.02)])
+def test_the_error_of_a_solved_layer_survives_fixed_point(largest, off):
+    """A sweep leaves little error along a massive channel, where the gram matrix is rounded most."""
+    x, w = make(2048, 256) @ (torch.eye(256) + 0.02 * make(256, 256, seed=1)), make(64, 256, seed=2)
+    x[:, 7] *= largest
+    x += 0.05 * x[:, 7:8] * make(256, seed=3)
+    seen = stats.Stats.empty(256)
+    seen.update(x)
+    error = Sweep()(w, Int(4, 64), seen).dense() - w
+    exact = float(((error.double() @ seen.gram.double()) * error.double()).sum())
+    with fixed.FixedPoint():
+        assert float(stats.loss(error, seen.gram)) == pytest.approx(exact, rel=off)
 
 
 def test_wrong_requests_are_named():

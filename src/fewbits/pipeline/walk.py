@@ -191,8 +191,7 @@ class Walk:
 
     def steady(self, tokens: int) -> AbstractContextManager[Any]:
         """For products of ``tokens`` rows in float32 that no thread count changes: all threads where that is sure."""
-        surely = PRECISIONS[self.plan.compute].steady and tokens >= fixed.FEWEST
-        return self._precision() if surely else one_thread()
+        return self._precision() if self._surely(tokens) else one_thread()
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
@@ -267,11 +266,15 @@ class Walk:
         with torch.no_grad(), PRECISIONS[self.plan.compute].context():
             yield
 
+    def _surely(self, tokens: int) -> bool:
+        """Whether the number of threads changes no linear layer's product of ``tokens`` rows."""
+        return PRECISIONS[self.plan.compute].steady and tokens >= fixed.FEWEST
+
     def _steady(self, block: nn.Module, i: int, hidden: Tensor) -> bool:
         """Whether everything that few rows are multiplied by is ours: no expert's share of them, no mask."""
         tokens = hidden.shape[1]
         masked = self.source.block_kwargs(tokens)[i].get("attention_mask") is not None
-        return PRECISIONS[self.plan.compute].steady and tokens >= fixed.FEWEST and not (masked or _routed(block))
+        return self._surely(tokens) and not (masked or _routed(block))
 
     def _observe(
         self, stats: dict[int, Stats], stage: int, x: Tensor, needs: frozenset[str], original: Tensor | None = None

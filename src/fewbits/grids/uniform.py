@@ -140,14 +140,14 @@ class Int:
     def encode(self, w: Tensor, p: Params) -> Tensor:
         """Nearest codes, uint8 of the shape of ``w``; ties to even, before the zero point is added."""
         i = self.index(p, w.shape[1])
-        s, z = spread(_real(p["scale"]), i, len(w)), spread(self.zero_points(p), i, len(w))
-        return (torch.round(w / s) + z).clamp_(self.qmin, self.qmax).to(torch.uint8)
+        steps = (w / spread(_real(p["scale"]), i, len(w))).round_()  # in place: of a large weight every copy counts
+        return steps.add_(spread(self.zero_points(p), i, len(w))).clamp_(self.qmin, self.qmax).to(torch.uint8)
 
     def decode(self, codes: Tensor, p: Params) -> Tensor:
         """``scale * (code - zero)``, float32 (float64 when the scale is)."""
         i = self.index(p, codes.shape[1])
-        s, z = spread(_real(p["scale"]), i, len(codes)), spread(self.zero_points(p), i, len(codes))
-        return (codes - z) * s
+        steps = codes - spread(self.zero_points(p), i, len(codes))
+        return steps * spread(_real(p["scale"]), i, len(codes))
 
     def feedback(self, w: Tensor, u: Tensor, p: Params, index: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Grid.feedback`; one fused kernel call."""

@@ -361,7 +361,7 @@ def solve_one(w: Tensor, recipe: Recipe, stats: Stats | None, layout: Layout) ->
         event["error"] = (max(0.0, float(loss(error, stats.gram))) / energy) ** 0.5 if energy > 0 else 0.0
         event["tokens"] = stats.count
     else:
-        event["error"] = float(_norm(q.dense() - w) / _norm(w).clamp(min=1e-30))
+        event["error"] = float(_norm(q.dense().sub_(w)) / _norm(w).clamp(min=1e-30))
     if starved:
         event["fallback"] = "no token reached this layer: rounded to nearest"
     elif q.meta.get("damp", 0) > getattr(recipe.solver, "damp", 0) or q.meta.get("float64"):

@@ -15,6 +15,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 p
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_FLAGS)
+# A worker for every processor, as tests are small; neighbours stay together, as they share models made once.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 NATIVE := pyproject.toml CMakeLists.txt constraints.txt $(shell find src/fewbits/kernels/cpp -type f 2>/dev/null)
 
 help:
@@ -30,14 +32,14 @@ demo: .venv/.fewbits
 	@PY="$(PY)" bash scripts/demo.sh
 
 test: .venv/.fewbits
-	$(PY) -m pytest
+	$(PYTEST)
 
 check: .venv/.dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest tests/test_layers.py
-	$(PY) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 format: .venv/.dev
 	$(PY) -m ruff format .

@@ -55,7 +55,7 @@ def quantized(grid: Any, shape: tuple[int, int] = (16, 128), seed: int = 0) -> Q
         (Float("e2m1", 32, scale="e8m0"), {Block("mxfp4")}),
         (Vectorwise(), {Int(8, -1, symmetric=True, scale="float32")}),
     ],
-    ids=str,
+    ids=lambda v: " ".join(sorted(map(str, v))) if isinstance(v, set) else str(v),
 )
 def test_twins_are_equal_to_the_bit(grid, wanted):
     q = quantized(grid)

@@ -1,19 +1,25 @@
-"""QLoRA: ours beside peft + bitsandbytes on this machine: losses, step time, peak memory; prints JSON.
+"""QLoRA: ours beside peft + bitsandbytes on this machine: losses, step time, peak memory, perplexity of held-out text.
 
     python benchmarks/qlora.py MODEL DATA WORKDIR --peer PEER_PYTHON [--steps 5] [--batch 4] [--seq-len 512]
+        [--arms ours peer lora] [--held-out 0.05] [--json FILE]
 
-MODEL is dense, DATA a text. Both round it to NF4 with double quantization, start from the same adapters (same seed) and
-see the same rows in the same order, in float32. PEER_PYTHON is an interpreter with bitsandbytes, peft and transformers.
-``--dense`` adds peft's LoRA on the unquantized model. Runs are separate processes, one after the other; peak memory is
-that of the whole process, loading included. On a busy machine compare the processor's seconds with one thread.
+MODEL is dense, DATA a text, of which the last ``--held-out`` is not trained on. Arms ``ours`` and ``peer`` round MODEL
+to NF4 with double quantization; ``lora`` is peft's LoRA on the unquantized model. All start from the same adapters
+(same seed) and see the same rows in the same order, in float32. PEER_PYTHON is an interpreter with bitsandbytes, peft
+and transformers. Each arm is a process of its own, one after the other; peak memory is that of the whole process,
+loading included. On a busy machine compare the processor's seconds with one thread.
+
+What was run is kept in WORKDIR: a run that was stopped goes on from its last checkpoint, a finished arm is not run
+again. Perplexities are computed in our runtime: adapters of ``ours`` and ``peer`` beside the NF4 base, whose bytes are
+the same, those of ``lora`` beside the dense model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,98 +28,152 @@ from typing import Any
 
 import torch
 
+import fewbits
 from fewbits.finetune import Adapter, Rows, Training, finetune
+from fewbits.finetune.adapter import load_adapter
 from fewbits.finetune.data import read
 from fewbits.finetune.model import tokenizer_of
 from fewbits.storage import save
 
 HERE = Path(__file__).resolve().parent
+ARMS = ("ours", "peer", "lora")
+SAVE_STEPS = 10
+
+
+def texts(args: argparse.Namespace) -> tuple[Path, Path]:
+    """What is trained on and what is held out, as files in WORKDIR."""
+    files = args.work / "train.txt", args.work / "held-out.txt"
+    text = args.data.read_text(encoding="utf-8")
+    cut = round(len(text) * (1 - args.held_out))
+    for file, part in zip(files, (text[:cut], text[cut:]), strict=True):
+        if not file.exists() or file.read_text(encoding="utf-8") != part:
+            file.write_text(part, encoding="utf-8")
+    return files
 
 
 def ours(args: argparse.Namespace) -> dict[str, Any]:
     """One run of ours, in this process."""
     out = args.work / "ours"
-    shutil.rmtree(out, ignore_errors=True)
     training = Training(
         steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed, checkpointing=args.checkpointing,
-        save_steps=10**9, keep_products=args.keep_products,
+        save_steps=SAVE_STEPS, keep_products=args.keep_products,
     )  # fmt: skip
     adapter, rows = Adapter(r=args.r, alpha=args.r, dropout=0.0), Rows(args.seq_len)
-    found = finetune(args.model, out, args.data, training=training, adapter=adapter, rows=rows, dtype="float32")
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    losses, cpu = [x["loss"] for x in lines], statistics.median(x["cpu_seconds"] for x in lines)
-    facts = {
-        "tool": "fewbits",
-        "losses": losses,
-        "step_seconds": found.step_seconds,
-        "threads": torch.get_num_threads(),
-    }
-    return facts | {"step_cpu_seconds": cpu, "peak_rss_bytes": found.peak_rss_bytes, "total_seconds": found.seconds}
+    finetune(
+        args.model, out, texts(args)[0], training=training, adapter=adapter, rows=rows, dtype="float32",
+        resume=(out / "finetune.json").exists(),
+    )  # fmt: skip
+    return {"tool": "fewbits", "threads": torch.get_num_threads()} | summary(out / "log.jsonl")
 
 
-def peers(args: argparse.Namespace, dense: bool) -> dict[str, Any]:
+def peers(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """One run of theirs, in their environment."""
-    args.work.mkdir(parents=True, exist_ok=True)
-    name = "lora" if dense else "peer"
-    rows = read(args.data, tokenizer_of(args.model), Rows(args.seq_len))
-    save(args.work / "ids.safetensors", {"ids": torch.stack([r.ids for r in rows])})
-    how = Training()
+    rows = read(texts(args)[0], tokenizer_of(args.model), Rows(args.seq_len))
+    ids, how = args.work / "ids.safetensors", Training()
+    save(ids, {"ids": torch.stack([r.ids for r in rows])})
     request = {
-        "model": args.model, "ids": str(args.work / "ids.safetensors"), "out": str(args.work / name), "dense": dense,
+        "model": args.model, "ids": str(ids), "out": str(args.work / name), "dense": name == "lora",
         "steps": args.steps, "batch": args.batch, "r": args.r, "alpha": args.r, "lr": args.lr, "warmup": how.warmup,
         "max_grad_norm": how.max_grad_norm, "seed": args.seed, "checkpointing": args.checkpointing,
+        "save_steps": SAVE_STEPS,
     }  # fmt: skip
-    file = args.work / f"{name}.json"
+    file = args.work / f"{name}-request.json"
     file.write_text(json.dumps(request))
-    script = str(HERE / "peers" / "qlora_peer.py")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    run = subprocess.run([args.peer, script, str(file)], stdout=subprocess.PIPE, text=True, check=True, env=env)
+    facts = last_line([args.peer, str(HERE / "peers" / "qlora_peer.py"), str(file)], env)
+    return facts | summary(args.work / name / "log.jsonl")
+
+
+def summary(log: Path) -> dict[str, Any]:
+    """Of every step of a run, those before it was last resumed included."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return {
+        "losses": [x["loss"] for x in lines],
+        "step_seconds": statistics.median(x["seconds"] for x in lines),
+        "step_cpu_seconds": statistics.median(x["cpu_seconds"] for x in lines),
+        "peak_rss_bytes": max(x["peak_rss_bytes"] for x in lines),
+    }
+
+
+def perplexity(args: argparse.Namespace, arm: str | None) -> float:
+    """Of the held-out rows; None is the dense model without an adapter."""
+    base = args.model if arm in (None, "lora") else str(args.work / "ours" / "base")
+    model, tokenizer = fewbits.load(base, dtype=torch.float32)
+    if arm is not None:
+        model = load_adapter(model, args.work / arm)
+    rows = read(texts(args)[1], tokenizer, Rows(args.seq_len))
+    with torch.inference_mode():
+        losses = [float(model.eval()(input_ids=r.ids[None], labels=r.ids[None]).loss) for r in rows]
+    return math.exp(statistics.fmean(losses))
+
+
+def last_line(command: list[str], env: dict[str, str] | None = None) -> dict[str, Any]:
+    """The JSON that a process prints last."""
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return found
 
 
-def alone(arguments: list[str]) -> dict[str, Any]:
-    """Ours in a process of its own, so that its peak memory is its own."""
-    run = subprocess.run(
-        [sys.executable, __file__, *arguments, "--only-ours"], stdout=subprocess.PIPE, text=True, check=True
-    )
-    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+def compared(found: dict[str, Any]) -> dict[str, Any]:
+    """``found`` with what it says about ours against the others, as far as these were run."""
+    if "ours" not in found:
+        return found
+    mine = found["ours"]
+    if "peer" in found:
+        theirs = found["peer"]
+        found["ratio"] = {k: mine[k] / theirs[k] for k in ("step_seconds", "step_cpu_seconds", "peak_rss_bytes")}
+        pairs = zip(mine["losses"], theirs["losses"], strict=True)
+        found["ratio"] |= {"loss": max(abs(a / b - 1) for a, b in pairs)}
+    if "lora" in found:
+        found["held_out_over_lora"] = mine["held_out_perplexity"] / found["lora"]["held_out_perplexity"]
     return found
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("data", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--peer", help="interpreter of the peer's environment")
+    parser.add_argument("--peer", help="interpreter of the peer's environment; arms peer and lora need it")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS[:2]))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--held-out", type=float, default=0.05, help="share of DATA, at its end")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--keep-products", action=argparse.BooleanOptionalAction, help="ours: see fewbits finetune")
-    parser.add_argument("--dense", action="store_true", help="peft's LoRA on the unquantized model too")
-    parser.add_argument("--only-ours", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only-ours", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not args.peer:
+        args.arms = [arm for arm in args.arms if arm == "ours"]
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    args.work.mkdir(parents=True, exist_ok=True)
     if args.only_ours:
         print("\n" + json.dumps(ours(args)))
         return
-    found = {"ours": alone(sys.argv[1:])}
-    if args.peer:
-        theirs = found["peer"] = peers(args, dense=False)
-        mine = found["ours"]
-        found["ratio"] = {
-            "step_seconds": mine["step_seconds"] / theirs["step_seconds"],
-            "step_cpu_seconds": mine["step_cpu_seconds"] / theirs["step_cpu_seconds"],
-            "peak_rss_bytes": mine["peak_rss_bytes"] / theirs["peak_rss_bytes"],
-            "loss": max(abs(a / b - 1) for a, b in zip(mine["losses"], theirs["losses"], strict=True)),
-        }
-        if args.dense:
-            found["lora"] = peers(args, dense=True)
+    for arm in args.arms:
+        file = args.work / f"{arm}.json"
+        if file.exists():
+            continue
+        # In a process of its own, so that its peak memory is its own.
+        mine = [sys.executable, __file__, *sys.argv[1:], "--only-ours"]
+        file.write_text(json.dumps(last_line(mine) if arm == "ours" else peers(args, arm)))
+    done = {arm: json.loads(f.read_text()) for arm in ARMS if (f := args.work / f"{arm}.json").exists()}
+    for arm, facts in done.items():
+        if arm != "peer" or "ours" in done:  # whose base it needs
+            facts["held_out_perplexity"] = perplexity(args, arm)
+    found = compared(done | {"original": {"held_out_perplexity": perplexity(args, None)}})
     print(json.dumps(found))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,45 +3,61 @@
     python benchmarks/peers/qlora_peer.py REQUEST.json
 
 REQUEST holds model, ids (a safetensors file of rows), steps, batch, r, alpha, lr, warmup, max_grad_norm, seed,
-checkpointing, dense (LoRA on the unquantized model). The recipe is peft's documentation: load in 4 bits,
+checkpointing, dense (LoRA on the unquantized model), save_steps. A line for each step goes to ``log.jsonl`` in its out;
+a run that was stopped goes on from its last checkpoint. The recipe is peft's documentation: load in 4 bits,
 ``prepare_model_for_kbit_training``, LoRA on all linear layers, transformers' Trainer.
 """
 
 import json
 import math
-import statistics
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from peer_job import read_ids, report
+from peer_job import peak_rss_bytes, read_ids, report
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainerCallback, TrainingArguments
 
 
 class Watch(TrainerCallback):
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.seconds: list[float] = []
-        self.cpu: list[float] = []
+    """A line of ``log`` for each step."""
+
+    def __init__(self, log: Path):
+        self.log = log
 
     def on_step_begin(self, args, state, control, **rest):
         self.began, self.spent = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **rest):
-        self.seconds.append(time.perf_counter() - self.began)
-        self.cpu.append(time.process_time() - self.spent)
+        self.seconds, self.cpu = time.perf_counter() - self.began, time.process_time() - self.spent
 
     def on_log(self, args, state, control, logs=None, **rest):
         if "loss" in logs:
-            self.losses.append(logs["loss"])
-            print(state.global_step, logs["loss"], self.seconds[-1], file=sys.stderr, flush=True)
+            line = {"step": state.global_step, "loss": logs["loss"], "seconds": self.seconds, "cpu_seconds": self.cpu}
+            with self.log.open("a") as f:
+                f.write(json.dumps(line | {"peak_rss_bytes": peak_rss_bytes()}) + "\n")
+
+
+def newest(out: Path) -> Path | None:
+    """The last checkpoint that is whole: the state is written last."""
+    found = [p for p in out.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+
+
+def cut(log: Path, step: int) -> None:
+    """Drop the lines after ``step``, which are made again."""
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
 
 
 def main() -> None:
     ask = json.loads(Path(sys.argv[1]).read_text())
+    out = Path(ask["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    last = newest(out)
+    cut(out / "log.jsonl", 0 if last is None else int(last.name.split("-")[1]))
     rows = read_ids(Path(ask["ids"]))
     data = [{"input_ids": row, "labels": row} for row in rows]
     four = BitsAndBytesConfig(
@@ -63,7 +79,6 @@ def main() -> None:
     )
     torch.manual_seed(ask["seed"])
     model = get_peft_model(model, config)
-    watch = Watch()
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -78,7 +93,9 @@ def main() -> None:
             gradient_checkpointing=ask["checkpointing"],
             gradient_checkpointing_kwargs=kind if ask["checkpointing"] else None,
             logging_steps=1,
-            save_strategy="no",
+            save_strategy="steps",
+            save_steps=ask["save_steps"],
+            save_total_limit=2,
             seed=ask["seed"],
             data_seed=ask["seed"],
             report_to=[],
@@ -87,17 +104,11 @@ def main() -> None:
             dataloader_pin_memory=False,
         ),
         train_dataset=data,
-        callbacks=[watch],
+        callbacks=[Watch(out / "log.jsonl")],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.save_pretrained(ask["out"])
-    report(
-        tool=f"peft {version('peft')}, bitsandbytes {version('bitsandbytes')}",
-        threads=torch.get_num_threads(),
-        losses=watch.losses,
-        step_cpu_seconds=statistics.median(watch.cpu),
-        step_seconds=statistics.median(watch.seconds),
-    )
+    report(tool=f"peft {version('peft')}, bitsandbytes {version('bitsandbytes')}", threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def main() -> None:
     given = load_file(args.reference_states)
     original = load(args.reference, False).get_output_embeddings()
     model = load(args.checkpoint, args.load_in_8bit)
+    model(given["ids"][:1, :8])  # compressed-tensors unpacks weights when the whole model is called
     body, head, found = model.base_model, model.get_output_embeddings(), []
     for row, states in zip(given["ids"], given["states"], strict=True):
         own = body(row[None]).last_hidden_state[0, :-1]

@@ -40,6 +40,17 @@ ARMS = ("ours", "peer", "lora")
 SAVE_STEPS = 10
 
 
+def same_run(args: argparse.Namespace) -> None:
+    """What is in WORKDIR must be of the run that is asked for."""
+    file = args.work / "request.json"
+    free = ("work", "peer", "arms", "json", "only_ours")
+    asked = {k: str(v) for k, v in vars(args).items() if k not in free}
+    if file.exists() and (before := json.loads(file.read_text())) != asked:
+        changed = ", ".join(f"{k} was {before.get(k)}, now {v}" for k, v in asked.items() if before.get(k) != v)
+        sys.exit(f"{args.work} holds another run ({changed}); repeat its settings, or give another WORKDIR")
+    file.write_text(json.dumps(asked, indent=1) + "\n")
+
+
 def texts(args: argparse.Namespace) -> tuple[Path, Path]:
     """What is trained on and what is held out, as files in WORKDIR."""
     files = args.work / "train.txt", args.work / "held-out.txt"
@@ -159,6 +170,7 @@ def main() -> None:
     if args.only_ours:
         print("\n" + json.dumps(ours(args)))
         return
+    same_run(args)
     for arm in args.arms:
         file = args.work / f"{arm}.json"
         if file.exists():

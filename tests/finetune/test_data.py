@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from fewbits.errors import RequestError
+from fewbits.errors import FetchError, RequestError
 from fewbits.finetune import Rows
 from fewbits.finetune.data import IGNORED, collate, read
 
@@ -82,6 +84,64 @@ def test_parquet(tmp_path: Path, tokenizer: Any, examples: Path) -> None:
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
     with pytest.raises(RequestError, match="not a parquet file"):
         read(tmp_path / "b.parquet", tokenizer, Rows())
+
+
+@pytest.mark.parametrize(
+    ("data", "asked"),
+    [
+        ("hub:org/chats", ("org/chats", None, "train")),
+        ("hub:org/chats@en:test", ("org/chats", "en", "test")),
+        ("hub:org/chats:train[:2]", ("org/chats", None, "train[:2]")),
+    ],
+)
+def test_a_data_set_of_the_hub_by_its_name(
+    data: str, asked: tuple[str, str | None, str], tokenizer: Any, examples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library is played, so that what we ask of it is tested where it is not installed."""
+    seen = []
+
+    def load_dataset(name: str, config: str | None, split: str) -> list[Any]:
+        seen.append((name, config, split))
+        return [json.loads(line) for line in examples.read_text().splitlines()]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    ours, theirs = (read(p, tokenizer, Rows(64)) for p in (data, examples))
+    assert [r.ids.tolist() for r in ours] == [r.ids.tolist() for r in theirs]
+    assert seen == [asked]
+
+
+@pytest.mark.parametrize(
+    ("error", "refused", "message"),
+    [
+        (ConnectionError("no route\nmore"), FetchError, "cannot be reached .*no route.*; give a file"),
+        (ValueError("Unknown split"), RequestError, "cannot be loaded: .*Unknown split.*; give hub:OWNER"),
+        (FileNotFoundError("no such data set"), RequestError, "no such data set"),
+    ],
+)
+def test_a_data_set_that_cannot_be_had(
+    error: Exception, refused: type[Exception], message: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise error
+
+    known = SimpleNamespace(DatasetsError=type("DatasetsError", (Exception,), {}))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, exceptions=known))
+    with pytest.raises(refused, match=message):
+        read("hub:org/chats", tokenizer, Rows())
+
+
+@pytest.mark.parametrize("data", ["hub:", "hub:@x", "hub:a@", "hub:a:"])
+def test_a_name_that_is_none(data: str, tokenizer: Any) -> None:
+    with pytest.raises(RequestError, match="is not hub:OWNER/NAME"):
+        read(data, tokenizer, Rows())
+
+
+def test_a_data_set_through_the_library_itself(tokenizer: Any, examples: Path) -> None:
+    pytest.importorskip("datasets")
+    ours, theirs = (read(p, tokenizer, Rows(64)) for p in (f"hub:{examples.parent}", examples))
+    assert [r.ids.tolist() for r in ours] == [r.ids.tolist() for r in theirs]
+    with pytest.raises(RequestError, match="cannot be loaded"):
+        read(f"hub:{examples.parent}:nowhere", tokenizer, Rows())
 
 
 @pytest.mark.parametrize(

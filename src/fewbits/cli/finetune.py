@@ -15,7 +15,11 @@ def command(
     src: Annotated[str, typer.Argument(metavar="SRC", help="A dense or quantized model: directory, hub id, .gguf.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory of the adapter to make.")],
     data: Annotated[
-        str, typer.Option(metavar="FILE", help=".jsonl, .parquet or text, or a fetched text: c4, wiki, code.")
+        str,
+        typer.Option(
+            metavar="FILE",
+            help=".jsonl, .parquet or text; a fetched text: c4, wiki, code; hub:OWNER/NAME\\[@CONFIG][:SPLIT].",
+        ),
     ],
     method: Annotated[
         str, typer.Option(help="qlora, lora: adapters on a base of few bits, or dense; qat: all weights.")
@@ -84,6 +88,8 @@ def command(
         fewbits finetune ./smollm2 ./tuned --data chats.jsonl
 
         fewbits finetune ./smollm2-int4 ./tuned --data code.txt --r 64 --steps 200
+
+        fewbits finetune ./model ./tuned --data hub:org/chats:train[:1000]
 
         fewbits finetune ./model ./tuned --data d.jsonl --optimizer paged-adamw --optimizer-memory 200MB
 

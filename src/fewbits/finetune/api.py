@@ -43,8 +43,8 @@ def finetune(
     in peft's format, beside a frozen base: a dense model is rounded to ``grid`` first, into ``out/base``, an already
     quantized checkpoint is taken as it is; "lora" keeps a dense base dense. "qat" trains all weights of the linear
     layers as their quantized selves on ``grid`` and writes a checkpoint as ``qat`` says. ``data`` is a .jsonl, .parquet
-    or text file, or the name of a fetched text; for "qat" also "self", text that the model makes. ``dtype`` is what is
-    computed in.
+    or text file, the name of a fetched text, or a data set of the hub as "hub:OWNER/NAME[@CONFIG][:SPLIT]"; for "qat"
+    also "self", text that the model makes. ``dtype`` is what is computed in.
 
     ``out`` also gets ``log.jsonl`` (a line per step) and ``checkpoints``; ``resume`` goes on from the last whole one.
     Raises RequestError for requests and data that are wrong, FewbitsError, naming the step, for a loss that is not

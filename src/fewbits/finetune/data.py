@@ -1,13 +1,14 @@
-"""From a file to rows of tokens with labels.
+"""From a file or a data set of the hub to rows of tokens with labels.
 
-``.jsonl`` and ``.parquet`` hold one example per row: ``messages`` (through the tokenizer's chat template), ``prompt``
-and ``completion``, or ``text``; any other file is plain text, cut into rows. A label of -100 is not learned: prompts,
-what the user says, and the first token of every example, which nothing precedes.
+``.jsonl``, ``.parquet`` and ``hub:`` hold one example per row: ``messages`` (through the tokenizer's chat template),
+``prompt`` and ``completion``, or ``text``; any other file is plain text, cut into rows. A label of -100 is not learned:
+prompts, what the user says, and the first token of every example, which nothing precedes.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,14 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewbits.errors import RequestError
+from fewbits.errors import FetchError, RequestError
 from fewbits.finetune.base import Rows
 from fewbits.model import assets
+from fewbits.model.locate import first_line
 
 IGNORED = -100
 OPEN = 64
 """Unfinished rows that packing looks at for each example."""
 KINDS: tuple[tuple[str, ...], ...] = (("messages",), ("prompt", "completion"), ("text",))
+HUB = "hub:"
+HUB_FORM = "hub:OWNER/NAME[@CONFIG][:SPLIT], as hub:org/chats:train[:1000]"
 
 
 @dataclass(frozen=True)
@@ -52,14 +56,20 @@ class Row:
 
 
 def read(data: str | Path, tokenizer: Any, how: Rows) -> list[Row]:
-    """The rows of a file, or of a fetched text by its name. Raises RequestError, naming the line that is wrong."""
-    path = _path(data)
-    if path.suffix not in (".jsonl", ".parquet"):
-        return _text_rows(path, tokenizer, how.seq_len)
-    entries = _lines(path) if path.suffix == ".jsonl" else _table(path)
+    """The rows of a file, of a fetched text by its name, or of a data set ``hub:OWNER/NAME[@CONFIG][:SPLIT]``.
+
+    Raises RequestError, naming the line that is wrong, and FetchError when the hub cannot be reached.
+    """
+    if str(data).startswith(HUB):
+        entries = _hub(str(data))
+    else:
+        path = _path(data)
+        if path.suffix not in (".jsonl", ".parquet"):
+            return _text_rows(path, tokenizer, how.seq_len)
+        entries = _lines(path) if path.suffix == ".jsonl" else _table(path)
     examples = [example for place, entry in entries if (example := _example(place, entry, tokenizer, how)) is not None]
     if not examples:
-        raise RequestError(f"{path} holds no examples; give one JSON object per line with {_kinds()}")
+        raise RequestError(f"{data} holds no examples; give rows (of .jsonl: an object per line) with {_kinds()}")
     return [Row.of(group) for group in (_packed(examples, how.seq_len) if how.packing else [[e] for e in examples])]
 
 
@@ -79,7 +89,7 @@ def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
     }
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- sources ---------------------------------------------------------------------------------------------------------
 
 
 def _path(data: str | Path) -> Path:
@@ -88,7 +98,7 @@ def _path(data: str | Path) -> Path:
         return assets.find_text(str(data))
     if not path.is_file():
         known = ", ".join(assets.TEXTS)
-        raise RequestError(f"no data at {str(data)!r}; give a .jsonl, .parquet or text file, or one of {known}")
+        raise RequestError(f"no data at {str(data)!r}; give a .jsonl, .parquet or text file, {HUB_FORM}, or {known}")
     return path
 
 
@@ -113,6 +123,24 @@ def _table(path: Path) -> Iterator[tuple[str, Any]]:
     except (OSError, ValueError) as e:
         raise RequestError(f"{path} is not a parquet file that can be read: {str(e).splitlines()[0][:200]}") from None
     yield from ((f"{path} row {number}", entry) for number, entry in enumerate(entries, 1))
+
+
+def _hub(data: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a data set by huggingface's ``datasets``, which keeps what it downloads and runs no code of it."""
+    found = re.fullmatch(r"hub:(?P<name>[^@:]+)(@(?P<config>[^@:]+))?(:(?P<split>.+))?", data)
+    if found is None:
+        raise RequestError(f"{data!r} is not {HUB_FORM}")
+    try:
+        import datasets
+    except ImportError:
+        raise RequestError("data sets of the hub need datasets: pip install datasets, or give a file") from None
+    try:
+        table = datasets.load_dataset(found["name"], found["config"], split=found["split"] or "train")
+    except ConnectionError as e:
+        raise FetchError(f"{data}: the hub cannot be reached ({first_line(e)}); give a file") from e
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
+        raise RequestError(f"{data} cannot be loaded: {first_line(e)}; give {HUB_FORM}") from e
+    yield from ((f"{data} row {number}", entry) for number, entry in enumerate(table, 1))
 
 
 def _text_rows(path: Path, tokenizer: Any, length: int) -> list[Row]:

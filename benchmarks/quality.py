@@ -5,7 +5,7 @@
 
 Tables: ``quality``, the README's; ``second_order``, SpQR, SqueezeLLM, GPTAQ and pruning beside what they must beat.
 MODEL should be off its grid (``offgrid.py``). Cells already in the table's JSON file are kept, so an interrupted run
-goes on.
+goes on, and several runs may share it.
 """
 
 from __future__ import annotations
@@ -54,6 +54,11 @@ def run(*args: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def found(file: Path) -> dict[str, Any]:
+    """The cells that this run and others have written so far."""
+    return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     for name in ("model", "calibration", "evaluation", "workdir"):
@@ -66,23 +71,22 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     Path(args.workdir).mkdir(parents=True, exist_ok=True)
     file = RESULTS / f"{args.table}.json"
-    cells: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     for cell in args.only or TABLES[args.table]:
-        if cell in cells:
+        if cell in found(file):
             continue
         out = Path(args.workdir) / "".join(c if c.isalnum() else "-" for c in cell)
         options = [*TABLES[args.table][cell], "--calibration", args.calibration, "--samples", args.samples]
         made = run("quantize", args.model, str(out), "--overwrite", *options)
         scored = run("eval", str(out), "--text", args.evaluation, "--windows", args.windows, "--reference", args.model)
         keep = ("perplexity", "kl_mean", "kl_mean_ci95", "kl_p99", "top1", "reference_perplexity")
-        cells[cell] = {k: made[k] for k in ("bits_per_weight", "size_bytes", "seconds", "peak_rss_bytes", "kl")}
-        cells[cell] |= {k: scored[k] for k in keep}
-        cells[cell]["samples"] = int(args.samples)
-        file.write_text(json.dumps(cells, indent=1) + "\n")
+        facts = {k: made[k] for k in ("bits_per_weight", "size_bytes", "seconds", "peak_rss_bytes", "kl")}
+        facts |= {k: scored[k] for k in keep} | {"samples": int(args.samples)}
+        cells = found(file) | {cell: facts}
+        file.write_text(json.dumps({c: cells[c] for c in TABLES[args.table] if c in cells}, indent=1) + "\n")
         shutil.rmtree(out)
     print("| method:bits:group | bits per weight | size, MB | perplexity | KL mean | KL 99 % | top-1 | seconds |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for cell, c in cells.items():
+    for cell, c in found(file).items():
         row = [cell, f"{c['bits_per_weight']:.2f}", f"{c['size_bytes'] / 1e6:.0f}"]
         row += [f"{c['perplexity']:.2f}", f"{c['kl_mean']:.3f}", f"{c['kl_p99']:.2f}", f"{c['top1']:.3f}"]
         print("| " + " | ".join([*row, f"{c.get('seconds', 0):.0f}"]) + " |")

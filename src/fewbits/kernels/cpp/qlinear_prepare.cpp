@@ -273,8 +273,14 @@ inline int place_in_row(int j) {
     return ((vector * 2 + k % 2) * 2 + l % 4 / 2) * 16 + l / 4 * 8 + l % 2 * 4 + k / 2;
 }
 
-// x for kRowTable: int16 [units][batch][128] of numbers below 2**14 where 16-bit x loses little by it (see prepare_fixed), else float32
-// [batch][padded].
+// The same for float32: four columns of a lane lie together.
+inline int place_in_quads(int j) {
+    const int lane = j % kRows, k = j / kRows, vector = lane / 8, l = lane % 8;
+    return ((vector * 2 + k % 2) * 4 + l % 4) * 8 + l / 4 * 4 + k / 2;
+}
+
+// x for kRowTable: int16 [units][batch][128] of numbers below 2**14 where 16-bit x loses little by it (see prepare_fixed), else float32:
+// up to k.quads rows [units][batch][128] in the order of place_in_quads, more [batch][padded].
 ProductFn prepare_row_table(const Kernels& k, const Weight& w, const Rows& x, Scratch& s, Product& p) {
     const int64_t units = w.units();
     bool fixed = k.product_wide && x.rows <= k.few && x.dtype != Dtype::f32;
@@ -297,7 +303,14 @@ ProductFn prepare_row_table(const Kernels& k, const Weight& w, const Rows& x, Sc
         if (fixed) return k.product_wide;
     }
     s.x.assign(size_t(w.padded() * x.rows), 0.0f);
-    for (int64_t m = 0; m < x.rows; ++m) gather(w, x, m, 0, w.in, s.x.data() + m * w.padded());
+    const bool quads = x.rows <= k.quads;
+    for (int64_t m = 0; !quads && m < x.rows; ++m) gather(w, x, m, 0, w.in, s.x.data() + m * w.padded());
+    for (int64_t at = 0; quads && at < units * x.rows; ++at) {
+        const int64_t first = at / x.rows * kRowUnit, left = w.in - first, count = left < kRowUnit ? left : kRowUnit;
+        float values[kRowUnit];
+        gather(w, x, at % x.rows, first, count, values);
+        for (int j = 0; j < count; ++j) s.x[size_t(at * kRowUnit + place_in_quads(j))] = values[j];
+    }
     p.x = s.x.data();
     return k.product;
 }

@@ -24,7 +24,8 @@ class Stats:
     """Sums over ``count`` tokens, float32: ``gram [in, in]``; ``abssum [in]`` and ``absmax [in]`` unless left out.
 
     ``histogram`` int64 ``[BINS]`` counts magnitudes over all channels, when it was asked for. ``cross [in, in]`` is
-    ``Σ (x̃_t - x_t) x_tᵀ``, with ``x̃`` the inputs of the same layer in the original model (GPTAQ); not symmetric.
+    ``Σ (x̃_t - x_t) x_tᵀ`` over ``paired`` of the tokens, with ``x̃`` the inputs of the same layer in the original model
+    (GPTAQ); not symmetric.
     ``fisher [out, in]`` belongs to one weight, not to the inputs: the mean squared gradient of the model's loss.
     """
 
@@ -34,6 +35,7 @@ class Stats:
     count: int = 0
     histogram: Tensor | None = None
     cross: Tensor | None = None
+    paired: int = 0
     fisher: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What solvers made of these sums, for the next layer with the same inputs; forgotten when the sums change."""
@@ -59,14 +61,16 @@ class Stats:
         """Add a batch ``x [..., in]``, in place, by ``sums``; the default ones multiply bfloat16 exactly and add in
         float32.
 
-        ``original`` of the shape of ``x``, token for token: what the layer sees in the original model. Raises
-        RequestError when "cross" is gathered and it is not given.
+        ``original`` of the shape of ``x``, token for token: what the layer sees in the original model, where "cross" is
+        gathered from this batch. Raises RequestError when the shapes differ.
         """
-        if self.cross is not None:
-            if original is None or original.shape != x.shape:
+        if self.cross is not None and original is not None:
+            if original.shape != x.shape:
                 raise RequestError(
-                    "cross statistics pair each token with the same one in the original model; give both"
+                    "cross statistics pair each token with the same one in the original model; "
+                    f"got {list(x.shape)} and {list(original.shape)}"
                 )
+            self.paired += x[..., 0].numel()
             change = (original.float() - x.float()).to(x.dtype)
             sums.cross_(self.cross, change.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1]))
         x = x.reshape(-1, x.shape[-1])
@@ -91,7 +95,17 @@ class Stats:
             self.count + other.count,
             both(torch.add, self.histogram, other.histogram),
             both(torch.add, self.cross, other.cross),
+            self.paired + other.paired,
         )
+
+    @property
+    def change(self) -> Tensor:
+        """``Σ (x̃ - x) xᵀ`` over all tokens, as the paired ones tell it. Raises RequestError when there are none."""
+        if self.cross is None or (self.count and not self.paired):
+            raise RequestError(
+                "GPTAQ needs cross statistics; gather them with needs={'gram', 'cross'}, or set cross to 0"
+            )
+        return self.cross if self.paired == self.count else self.cross * (self.count / self.paired)
 
     @property
     def absmean(self) -> Tensor:
@@ -113,7 +127,7 @@ class Stats:
         abssum, absmax = (None if t is None else t * a for t in (self.abssum, self.absmax))
         gram, cross = (None if t is None else t * s[:, None] * s for t in (self.gram, self.cross))
         assert gram is not None
-        return Stats(gram, abssum, absmax, self.count, cross=cross)
+        return Stats(gram, abssum, absmax, self.count, cross=cross, paired=self.paired)
 
 
 def loss(error: Tensor, gram: Tensor) -> Tensor:

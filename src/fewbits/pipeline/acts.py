@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 TOKENS_PER_BATCH = 4096
+PAIRED = 2
+"""One batch in so many goes through the original model too, where a statistic compares the two."""
 
 
 class Acts:
@@ -16,7 +18,8 @@ class Acts:
 
     A batch is about 4096 tokens whatever the machine, so that the order of every sum, hence every byte of the result,
     depends on the plan alone. Above ``budget`` bytes the store is a file in ``folder`` that the system pages in and
-    out. ``original``, where a statistic wants it, holds the same rows as the original model's blocks leave them.
+    out. ``original``, where a statistic wants it, holds the paired rows as the original model's blocks
+    leave them.
     """
 
     def __init__(
@@ -67,6 +70,10 @@ class Acts:
     def cut(self, batch: int, x: Tensor) -> Tensor:
         """What belongs to the rows of a batch in ``x``, computed from :meth:`padded`: ``[rows or tokens, ...]``."""
         return x[: len(x) * len(self[batch]) // self.per_batch]
+
+    def paired(self, ids: Tensor) -> Tensor:
+        """The rows among ``ids [rows, tokens]`` that go through the original model too: every other batch."""
+        return torch.cat(ids.split(self.per_batch)[::PAIRED])
 
     def batches(self, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
         """``ids [rows, tokens]`` cut as the store is."""

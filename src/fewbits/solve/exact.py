@@ -61,7 +61,7 @@ class Exact:
             raise RequestError(f"{uneven[0]} is shared by uneven numbers of rows; exact OBQ wants as many for each")
         real = {k: v.double() if v.is_floating_point() else v for k, v in params.items()}
         Hinv = torch.linalg.inv(H)
-        G = None if not self.cross or stats.cross is None else self.cross * stats.cross.double()
+        G = self.cross * stats.change.double() if self.cross else None
         codes = [self._row(w[r], Hinv.clone(), grid, _row_params(real, r, rows), G) for r in range(rows)]
         return Quantized(
             grid, torch.stack([c for c, _ in codes]), params, meta={"loss": float(sum(e for _, e in codes))}

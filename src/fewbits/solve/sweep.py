@@ -90,7 +90,7 @@ class Sweep:
         back = torch.argsort(perm)
         columns, free, pivots = w.shape[1], w.index_select(1, perm), U.diagonal()[back]
         if self.cross:
-            free, U = carried(free, U, self.cross * _cross(stats)[perm][:, perm].to(w.dtype))
+            free, U = carried(free, U, self.cross * stats.change[perm][:, perm].to(w.dtype))
         if self.sparsity:
             how: Plain = Pruned(grid, Sparsity.parse(self.sparsity))
         else:
@@ -179,12 +179,6 @@ def carried(w: Tensor, U: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     leaning, factor = both[: len(w)].contiguous(), both[len(w) :].contiguous()
     factor.diagonal().copy_(U.diagonal())
     return leaning, factor
-
-
-def _cross(stats: Stats) -> Tensor:
-    if stats.cross is None:
-        raise RequestError("GPTAQ needs cross statistics; gather them with needs={'gram', 'cross'}, or set cross to 0")
-    return stats.cross
 
 
 def segment(grid: Grid) -> int:

@@ -255,6 +255,22 @@ def test_sweep_is_bit_equal_to_the_reference(level, isa, rows, block, segments):
 
 
 @needs_native
+@pytest.mark.parametrize("isa", LEVELS[:3])
+@pytest.mark.parametrize("limit", [float("inf"), 2.0, 0.0])
+@pytest.mark.parametrize(("rows", "block", "segments"), [(1, 1, 1), (17, 5, 2), (100, 64, 5), (70, 256, 256)])
+def test_sweep_that_keeps_weights_is_bit_equal_to_the_reference(level, isa, rows, block, segments, limit):
+    level(isa)
+    w, u, scale, zero, segment = problem(rows, block, segments)
+    w[::3] *= torch.logspace(-5, 5, block)  # what is kept spans float16, its subnormals and its infinity
+    ours, theirs, zero = w.clone(), w.clone(), zero + 0.3
+    got = kernels.sweep_kept_(ours, u, scale, zero, segment, 15, limit)
+    wanted = reference.sweep_kept_(theirs, u, scale, zero, segment, 15, limit)
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(got, wanted, strict=True))
+    assert torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
+    assert rows == 1 or bool((got[2] != 0).any()) == (limit != float("inf"))
+
+
+@needs_native
 def test_sweep_does_not_depend_on_threads_or_on_the_split_of_rows(threads):
     w, u, scale, zero, segment = problem(150, 48, 3)
     whole = w.clone()

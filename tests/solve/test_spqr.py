@@ -184,6 +184,24 @@ def test_at_most_the_share_asked_for():
     assert len(q.residual.values) <= 0.03 * w.numel()
 
 
+class ByColumns(Bilevel):
+    keep = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("most", [1.0, 0.02])
+def test_the_kernel_keeps_what_the_specification_keeps(most):
+    """Also where more weights are dear than may be kept."""
+    g = torch.Generator().manual_seed(0)
+    stats = Stats.empty(160)
+    stats.update(torch.randn(400, 160, generator=g) @ torch.randn(160, 160, generator=g))
+    w = torch.randn(48, 160, generator=g)
+    solver, split = Sweep(order="activation", static=True), Outliers(threshold=0.1, most=most)
+    a, b = (solver(w, grid(), stats, split) for grid in (Bilevel, ByColumns))
+    assert isinstance(a.residual, Sparse) and isinstance(b.residual, Sparse)
+    assert torch.equal(a.codes, b.codes) and torch.equal(a.residual.dense(), b.residual.dense())
+    assert (len(a.residual.values) == int(0.02 * w.numel())) == (most == 0.02)
+
+
 def test_dead_columns_do_not_lower_the_threshold():
     w = problem()[0]
     split, pivots = Outliers(0.2), torch.ones(32)

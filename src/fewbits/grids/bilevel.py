@@ -10,13 +10,15 @@ Bits per weight: ``bits + 2 nested / group + 64 / (group rows)`` = 3.625 for 3 b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fewbits import kernels
 from fewbits.errors import RequestError
-from fewbits.grids.base import Params, feedback, group_index, groups_of
+from fewbits.grids.base import Params, group_index, groups_of
 
 SMALLEST = 2.0**-24  # of float16
 MOST = 65504.0
@@ -99,7 +101,14 @@ class Bilevel:
         return s * (codes - z)
 
     def feedback(self, w: Tensor, u: Tensor, p: Params, index: Tensor) -> tuple[Tensor, Tensor]:
-        return feedback(self, w, u, p, index)
+        codes, errors, _ = self.keep(w, u, p, index, math.inf)
+        return codes, errors
+
+    def keep(self, w: Tensor, u: Tensor, p: Params, index: Tensor, limit: float) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`feedback` that leaves weights off the grid, see :func:`fewbits.kernels.sweep_kept_`."""
+        groups, segment = torch.unique(index, return_inverse=True)
+        s, z = (t.to(w.dtype) for t in self.statistics({k: t.index_select(1, groups) for k, t in p.items()}))
+        return kernels.sweep_kept_(w, u, s, z, segment.int(), self.levels - 1, limit)
 
     def statistics(self, p: Params) -> tuple[Tensor, Tensor]:
         """Scales and zero points that ``p`` stands for, ``[out, G]``."""

@@ -42,6 +42,7 @@ __all__ = [
     "one_thread",
     "schemas",
     "sweep_block_",
+    "sweep_kept_",
 ]
 
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -68,6 +69,12 @@ register(
     "sweep_block_",
     "(w: f32[R,B], u: f32[B,B], scale: f32[R,S], zero: f32[R,S], segment: i32[B], qmax)"
     " -> (codes u8[R,B], err f32[R,B])",
+    _vectors,
+)
+register(
+    "sweep_kept_",
+    "(w: f32[R,B], u: f32[B,B], scale: f32[R,S], zero: f32[R,S], segment: i32[B], qmax, limit)"
+    " -> (codes u8[R,B], err f32[R,B], kept f16[R,B])",
     _vectors,
 )
 
@@ -225,11 +232,39 @@ def sweep_block_(
         result = sweep_block_(compact, u, scale, zero, segment, qmax)
         w.copy_(compact)
         return result
+    codes, err, _ = _sweep(w, u, scale, zero, segment, qmax, None)
+    return codes, err
+
+
+def sweep_kept_(
+    w: Tensor, u: Tensor, scale: Tensor, zero: Tensor, segment: Tensor, qmax: int, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`sweep_block_` for zero points that are no integers (codes are ``round(w / scale + zero)``), and with
+    weights kept beside the codes (SpQR, arXiv 2306.03078, algorithm 1).
+
+    Where ``((w_j - q_j) / u[j, j])² > limit``, ``kept`` float16 ``[R, B]`` is ``w_j - q_j``, else 0; ``err`` is that of
+    ``q + kept``. Returns ``codes``, ``err``, ``kept``.
+    """
+    _check_sweep(w, u, scale, zero, segment, qmax)
+    too_wide = max(w.shape[1], scale.shape[1]) > MAX_BLOCK
+    usable = native(w, u, scale, zero, segment) and w.dtype == torch.float32 and w.stride(-1) == 1
+    if not usable or too_wide:
+        return reference.sweep_kept_(w, u, scale, zero, segment, qmax, limit)
+    codes, err, kept = _sweep(w, u, scale, zero, segment, qmax, limit)
+    return codes, err, kept.half()
+
+
+def _sweep(
+    w: Tensor, u: Tensor, scale: Tensor, zero: Tensor, segment: Tensor, qmax: int, limit: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, errors, and what is kept above ``limit``: float32, empty where nothing is to be."""
     u, scale, zero, segment = (t.contiguous() for t in (u, scale, zero, segment))
     codes, err = torch.empty(w.shape, dtype=torch.uint8), torch.empty(w.shape)
-    addresses = (t.data_ptr() for t in (w, u, scale, zero, segment, codes, err))
-    C.sweep_block(*addresses, len(w), block, scale.shape[1], w.stride(0), u.stride(0), qmax, threads())
-    return codes, err
+    kept = torch.empty(0 if limit is None else w.shape)
+    addresses = [t.data_ptr() for t in (w, u, scale, zero, segment, codes, err)]
+    sizes = len(w), w.shape[1], scale.shape[1], w.stride(0), u.stride(0), qmax
+    C.sweep_block(*addresses, 0 if limit is None else kept.data_ptr(), *sizes, limit or 0.0, threads())
+    return codes, err, kept
 
 
 def _check_sweep(w: Tensor, u: Tensor, scale: Tensor, zero: Tensor, segment: Tensor, qmax: int) -> None:

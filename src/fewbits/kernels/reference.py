@@ -85,6 +85,23 @@ def sweep_block_(
     return codes, err
 
 
+def sweep_kept_(
+    w: Tensor, u: Tensor, scale: Tensor, zero: Tensor, segment: Tensor, qmax: int, limit: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`fewbits.kernels.sweep_kept_`; every operation is rounded by itself."""
+    codes, err = torch.empty(w.shape, dtype=torch.uint8, device=w.device), torch.empty_like(w)
+    kept = torch.zeros_like(w, dtype=torch.float16)
+    for j, g in enumerate(segment.tolist()):
+        s, z = scale[:, g], zero[:, g]
+        code = torch.round(w[:, j] / s + z).clamp(0, qmax)
+        left = w[:, j] - s * (code - z)
+        kept[:, j] = torch.where((left / u[j, j]).square() > limit, left, 0)
+        e = (left - kept[:, j].to(w.dtype)) / u[j, j]
+        w[:, j + 1 :] -= e[:, None] * u[j, j + 1 :]
+        codes[:, j], err[:, j] = code.to(torch.uint8), e
+    return codes, err, kept
+
+
 def fixed_point(x: Tensor, depth: int = 128, most: int = 4095) -> Tensor:
     """``x [..., n]`` as fixed-point products see it: runs of ``depth`` along the last dimension, each rounded to whole
     multiples of its largest magnitude / ``most``."""

@@ -66,6 +66,15 @@ class Held(Plain):
         return self.grid.fit(torch.cat(parts, 1), importance)
 
     def feedback(self, w: Tensor, u: Tensor, p: Params, index: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        fused = getattr(self.grid, "keep", None)
+        if fused is not None and self.mask is None:
+            before = w.clone()
+            all_codes, errors, kept = fused(w, u, p, index, self.limit)
+            if (count := int(kept.count_nonzero())) <= self.left:
+                self.left -= count
+                self.kept[:, columns] = kept
+                return all_codes, errors
+            w.copy_(before)  # too many: the dearest ones of each column, below
         codes, errors = [], torch.empty_like(w)
         for j in range(w.shape[1]):
             column, group = w[:, j : j + 1], p | {"g_idx": index[j : j + 1]}

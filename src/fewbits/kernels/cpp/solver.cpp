@@ -43,8 +43,8 @@ void fit_affine(std::uintptr_t w, std::uintptr_t ratios, std::uintptr_t importan
 }
 
 void sweep_block(std::uintptr_t w, std::uintptr_t u, std::uintptr_t scale, std::uintptr_t zero, std::uintptr_t segment,
-                 std::uintptr_t codes, std::uintptr_t error, std::int64_t rows, int block, int segments,
-                 std::int64_t w_stride, std::int64_t u_stride, int qmax, int threads) {
+                 std::uintptr_t codes, std::uintptr_t error, std::uintptr_t kept, std::int64_t rows, int block,
+                 int segments, std::int64_t w_stride, std::int64_t u_stride, int qmax, float limit, int threads) {
     SweepJob job;
     job.w = at<float>(w);
     job.u = at<const float>(u);
@@ -53,6 +53,8 @@ void sweep_block(std::uintptr_t w, std::uintptr_t u, std::uintptr_t scale, std::
     job.segment = at<const std::int32_t>(segment);
     job.codes = at<std::uint8_t>(codes);
     job.error = at<float>(error);
+    job.kept = at<float>(kept);
+    job.limit = limit;
     job.rows = rows;
     job.w_stride = w_stride;
     job.u_stride = u_stride;

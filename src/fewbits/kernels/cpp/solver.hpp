@@ -26,9 +26,10 @@ struct SweepJob {
     const std::int32_t *segment;   // [block]
     std::uint8_t *codes;           // [rows, block]
     float *error;                  // [rows, block]
+    float *kept;                   // [rows, block], or null: zero points are integers and nothing is kept
     std::int64_t rows, w_stride, u_stride;
     int block, segments;
-    float qmax;
+    float qmax, limit;  // of e^2, above which what is left of a weight is kept
 };
 
 constexpr int max_candidates = 1024;

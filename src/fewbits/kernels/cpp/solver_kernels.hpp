@@ -31,6 +31,15 @@ inline vec store_scale(vec x, ScaleType type) {
     return clamp(x, splat(smallest_normal), splat(largest_float));
 }
 
+// x in float16, ties to even.
+inline vec to_half(vec x) {
+    const vec a = vabs(x);
+    const vec subnormal = (a + splat(0.5f)) - splat(0.5f), normal = drop_bits(a, 13);
+    const vec rounded = a < splat(6.103515625e-05f) ? subnormal : normal;
+    const vec bounded = rounded > splat(largest_half) ? splat(__builtin_inff()) : rounded;
+    return as_float(bits_of(bounded) | (bits_of(x) & isplat(INT32_MIN)));
+}
+
 // |d|^p for finite d: 2^(p log2|d|), relative error about 1e-6; 0 for d = 0.
 inline vec power(vec d, float p) {
     const vec a = vmax(vabs(d), splat(1e-30f));
@@ -174,18 +183,25 @@ void fit(const FitJob &job, std::int64_t begin, std::int64_t end) {
 
 // One tile of `lanes` rows, transposed: w[j] is a vector over rows.
 struct SweepTile {
-    vec w[max_block], error[max_block], code[max_block];
+    vec w[max_block], error[max_block], code[max_block], kept[max_block];
 };
 
+template <bool Kept>
 inline void sweep_tile(const SweepJob &job, SweepTile &t, const float *scale, const float *zero) {
-    const vec qmax = splat(job.qmax);
+    const vec qmax = splat(job.qmax), limit = splat(job.limit);
     for (int j = 0; j < job.block; ++j) {
         const vec s = load(scale + job.segment[j] * lanes), z = load(zero + job.segment[j] * lanes);
         // Far outside the codes, and inside what round_even takes.
-        const vec bounded = clamp(t.w[j] / s, splat(-4096.0f), splat(4096.0f));
-        const vec code = clamp(round_even(bounded) + z, vec{}, qmax);
+        const vec place = Kept ? t.w[j] / s + z : t.w[j] / s;
+        const vec bounded = clamp(place, splat(-4096.0f), splat(4096.0f));
+        const vec code = clamp(Kept ? round_even(bounded) : round_even(bounded) + z, vec{}, qmax);
         const float *u = job.u + j * job.u_stride;
-        const vec e = (t.w[j] - s * (code - z)) / splat(u[j]);
+        const vec left = t.w[j] - s * (code - z);
+        vec e = left / splat(u[j]);
+        if (Kept) {
+            t.kept[j] = e * e > limit ? to_half(left) : vec{};
+            e = (left - t.kept[j]) / splat(u[j]);
+        }
         t.code[j] = code;
         t.error[j] = e;
         for (int k = j + 1; k < job.block; ++k) t.w[k] -= e * splat(u[k]);
@@ -208,12 +224,14 @@ void sweep(const SweepJob &job, std::int64_t row_begin, std::int64_t row_end) {
                 zero[g * lanes + lane] = job.zero[source * job.segments + g];
             }
         }
-        sweep_tile(job, t, scale, zero);
+        if (job.kept) sweep_tile<true>(job, t, scale, zero);
+        else sweep_tile<false>(job, t, scale, zero);
         for (int lane = 0; lane < count; ++lane) {
             const std::int64_t target = row + lane;
             for (int j = 0; j < job.block; ++j) {
                 job.w[target * job.w_stride + j] = reinterpret_cast<const float *>(&t.w[j])[lane];
                 job.error[target * job.block + j] = reinterpret_cast<const float *>(&t.error[j])[lane];
+                if (job.kept) job.kept[target * job.block + j] = reinterpret_cast<const float *>(&t.kept[j])[lane];
                 job.codes[target * job.block + j] =
                     static_cast<std::uint8_t>(reinterpret_cast<const float *>(&t.code[j])[lane]);
             }

@@ -55,6 +55,20 @@ def test_leave_one_out_by_hand():
     assert gain.tolist() == pytest.approx([base - a for a in alone], rel=1e-5)
 
 
+class Refitted(Bilevel):
+    by_range = False
+
+
+def test_two_refits_tell_as_much_as_all():
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(200, 16, generator=g)
+    w[:20, 5], w[20:40] = w[:20].amin(1), 0.5  # the smallest twice; constant groups
+    w[40:60] = torch.randint(0, 3, (20, 16), generator=g).float()
+    d = torch.rand(16, generator=g) + 0.5
+    fast, all_of_them = (leave_one_out(grid(3, -1, nested=0), w, d) for grid in (Bilevel, Refitted))
+    assert torch.allclose(fast, all_of_them, rtol=1e-4, atol=1e-5)
+
+
 def test_candidates_become_the_mean_of_the_others():
     w = torch.tensor([[1.0, 3.0, 100.0], [1.0, 2.0, 3.0]])
     mask = torch.tensor([[False, False, True], [True, True, True]])

@@ -60,6 +60,11 @@ class Bilevel:
         return 2**self.bits
 
     @property
+    def by_range(self) -> bool:
+        """Whether parameters depend on the smallest and the largest weight of a group alone."""
+        return self.nested == 0
+
+    @property
     def screen(self) -> Bilevel:
         """The same without the second level, for one group of any length."""
         return replace(self, group=-1, nested=0)

@@ -117,18 +117,31 @@ def leave_one_out(grid: Grid, w: Tensor, pivots: Tensor) -> Tensor:
     """``[out, n]``: by how much the group's error ``Σ (Q(w) - w)² / pivots²`` falls without each weight, its own error
     counted: of the others it may fall too, since the grid fits them more closely.
     """
-    rows, n = w.shape
+    n = w.shape[1]
     if n < 3:
         return torch.zeros_like(w)
 
-    def error(v: Tensor, d: Tensor) -> Tensor:
-        p = grid.fit(v)
-        return ((grid.decode(grid.encode(v, p), p) - v) / d).square().sum(1)
-
-    others = torch.tensor([[c for c in range(n) if c != k] for k in range(n)], device=w.device)
     w, pivots = w.float(), pivots.float()
-    alone = error(w[:, others].reshape(rows * n, n - 1), pivots[others].repeat(rows, 1))
-    return error(w, pivots)[:, None] - alone.view(rows, n)
+
+    def errors(fitted: Tensor) -> Tensor:
+        p = grid.fit(fitted)
+        return ((grid.decode(grid.encode(w, p), p) - w) / pivots).square()
+
+    own = errors(w)
+    if getattr(grid, "by_range", False):
+        # The grid changes only where the smallest or the largest goes; any other weight spares its own error alone.
+        total, gain = own.sum(1, keepdim=True), own.clone()
+        for largest in (False, True):
+            values, places = w.topk(2, 1, largest=largest)
+            at = places[:, :1]
+            others = errors(w.scatter(1, at, values[:, 1:])).scatter(1, at, 0)
+            gain.scatter_(1, at, total - others.sum(1, keepdim=True))
+        return gain
+    gains = []
+    for k in range(n):
+        others = errors(torch.cat([w[:, :k], w[:, k + 1 :]], 1))
+        gains.append(own.sum(1) - others.sum(1) + others[:, k])
+    return torch.stack(gains, 1)
 
 
 def without(w: Tensor, mask: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ be moved on its own). The packed weight is one of ``qlinear``: its ``matmul``, `
 
 With AVX2, up to 4 rows of 16-bit ``x`` become fixed-point numbers of 15 bits that share a power of two over 128
 columns, and tables numbers of 16 bits, as in ``qtable``; float32 ``x``, and outliers that need more bits, are
-multiplied as floats.
+multiplied as floats: up to 2 rows by values whose bytes are looked up for 32 codes at a time.
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ class Grid(Protocol):
         ...
 
     # A grid may also have ``settle(params) -> Params``: parameters as they are stored, applied once by Quantized, when
-    # all codes are chosen; and ``inseparable(shape) -> str | None``: why columns cannot be rounded one at a time.
+    # all codes are chosen; ``inseparable(shape) -> str | None``: why columns cannot be rounded one at a time; ``keep``:
+    # ``feedback`` that leaves dear weights beside the codes; and ``by_range``: whether parameters follow from the
+    # smallest and the largest weight of a group alone.
 
 
 def feedback(grid: Grid, w: Tensor, u: Tensor, p: Params, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,8 @@ class Acts:
 
     A batch is about 4096 tokens whatever the machine, so that the order of every sum, hence every byte of the result,
     depends on the plan alone. Above ``budget`` bytes the store is a file in ``folder`` that the system pages in and
-    out. ``original``, where a statistic wants it, holds the paired rows as the original model's blocks
-    leave them.
+    out. ``original``, where a statistic wants it, holds the rows of batches 0, ``PAIRED`` ... as the
+    original model's blocks leave them.
     """
 
     def __init__(
@@ -71,9 +71,14 @@ class Acts:
         """What belongs to the rows of a batch in ``x``, computed from :meth:`padded`: ``[rows or tokens, ...]``."""
         return x[: len(x) * len(self[batch]) // self.per_batch]
 
-    def paired(self, ids: Tensor) -> Tensor:
-        """The rows among ``ids [rows, tokens]`` that go through the original model too: every other batch."""
-        return torch.cat(ids.split(self.per_batch)[::PAIRED])
+    def pair(self, budget: int | None, folder: Path | None) -> None:
+        """Make room for ``original``."""
+        rows = sum(len(self[b]) for b in range(0, len(self), PAIRED))
+        self.original = Acts(rows, self.tokens, self.width, budget, folder, "original.bin")
+
+    def partner(self, batch: int) -> int | None:
+        """Which batch of ``original`` holds the same rows, if one does."""
+        return None if self.original is None or batch % PAIRED else batch // PAIRED
 
     def batches(self, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
         """``ids [rows, tokens]`` cut as the store is."""

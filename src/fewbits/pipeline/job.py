@@ -207,16 +207,15 @@ class Job:
         width = int(self.source.text_config.hidden_size)
         budget = None if self.max_memory is None else self.max_memory // 4
         acts = Acts(rows, tokens, width, budget, folder)
-        streams = [(acts, self.rows)]
         if "cross" in self.plan.needs:
-            paired = acts.paired(self.rows)
-            acts.original = Acts(len(paired), tokens, width, budget, folder, "original.bin")
-            streams.append((acts.original, paired))
-        for stream, its_rows in streams:
-            for b, ids in stream.batches(its_rows):
-                stream[b] = self.source.embed(ids)
+            acts.pair(budget, folder)
+        for b, ids in acts.batches(self.rows):
+            acts[b] = self.source.embed(ids)
+            if acts.original is not None and (at := acts.partner(b)) is not None:
+                acts.original[at] = acts[b]
         widest = max(e.shape[1] for e in self.entries)
-        inside = sum(len(its_rows) for _, its_rows in streams) * tokens * (2 * width + widest) * 4
+        all_rows = rows + (0 if acts.original is None else acts.original.rows)
+        inside = all_rows * tokens * (2 * width + widest) * 4
         waiting = self.max_memory is None or inside <= self.max_memory // 2
         if acts.spilled:
             self.emit({"event": "note", "message": f"activations ({acts.nbytes / 2**30:.1f} GiB) are kept on disk"})

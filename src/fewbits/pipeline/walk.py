@@ -23,7 +23,7 @@ from fewbits.formats import Entry, Layout, pruned
 from fewbits.grids import tied
 from fewbits.kernels import fixed, one_thread
 from fewbits.model import Experts, Site, Source, fold, get_weight, set_weight
-from fewbits.pipeline.acts import PAIRED, Acts
+from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.fisher import Fisher
 from fewbits.pipeline.forward import Beside, Cut, Forward, Observe, run
 from fewbits.pipeline.inputs import common_scheme, quantize_inputs, require_finite
@@ -83,7 +83,8 @@ class Walk:
             if needs:
                 require_finite(x, names[stages[stage][0]], stats[stage].count if stage in stats else 0)
                 scheme = common_scheme(here)  # the solver minimises the error on what the layer will really see
-                original = seen(stage, batch // PAIRED) if "cross" in needs and batch % PAIRED == 0 else None
+                at = acts.partner(batch) if acts is not None and "cross" in needs else None
+                original = None if at is None else seen(stage, at)
                 self._observe(stats, stage, Inputs(scheme)(x) if scheme and scheme.dynamic else x, needs, original)
 
         fisher = {} if self.fisher is None else self.fisher.of(i)
@@ -146,8 +147,9 @@ class Walk:
         stats: dict[int, Stats] = {}
         if acts is not None and recipe.solver.needs:
             for b in range(len(acts)):
-                beside = acts.original if b % PAIRED == 0 else None
-                original = None if beside is None else self.source.before_head(beside[b // PAIRED])
+                at, original = acts.partner(b), None
+                if acts.original is not None and at is not None:
+                    original = self.source.before_head(acts.original[at])
                 self._observe(stats, 0, self.source.before_head(acts[b]), recipe.solver.needs, original)
         q, event = solve_one(get_weight(self.source.head()), recipe, stats.get(0), self.layout)
         return Block(

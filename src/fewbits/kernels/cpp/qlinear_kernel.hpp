@@ -98,6 +98,18 @@ FEWBITS_INLINE vf load_halves(const uint16_t* p) {
 #endif
 }
 
+#if FEWBITS_W == 8
+// Bytes 0 to 3 of 32 floats, together again: v[i] has the floats of bytes 4 i to 4 i + 3 of each half.
+FEWBITS_INLINE void floats_of(__m256i b0, __m256i b1, __m256i b2, __m256i b3, __m256* v) {
+    const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), high01 = _mm256_unpackhi_epi8(b0, b1);
+    const __m256i low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
+    v[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low01, low23));
+    v[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low01, low23));
+    v[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(high01, high23));
+    v[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23));
+}
+#endif
+
 FEWBITS_INLINE vf bytes_to_floats(const uint8_t* p) {
 #if FEWBITS_W == 8  // GCC takes six instructions for this conversion
     return (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));

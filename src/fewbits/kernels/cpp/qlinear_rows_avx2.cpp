@@ -88,12 +88,7 @@ struct ByteTable {
     FEWBITS_INLINE void operator()(__m256i index, __m256* v) const {
         const __m256i b1 = _mm256_shuffle_epi8(bytes[0], index), b2 = _mm256_shuffle_epi8(bytes[1], index);
         const __m256i b3 = _mm256_shuffle_epi8(bytes[2], index), none = _mm256_setzero_si256();
-        const __m256i low01 = _mm256_unpacklo_epi8(none, b1), high01 = _mm256_unpackhi_epi8(none, b1);
-        const __m256i low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
-        v[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low01, low23));
-        v[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low01, low23));
-        v[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(high01, high23));
-        v[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23));
+        floats_of(none, b1, b2, b3, v);
     }
 };
 

@@ -26,12 +26,7 @@ FEWBITS_INLINE __m256i bytes_of(const float* table, int i) {
 FEWBITS_INLINE void quads(__m256i index, const __m256i* table, __m256* v) {
     const __m256i b0 = _mm256_shuffle_epi8(table[0], index), b1 = _mm256_shuffle_epi8(table[1], index);
     const __m256i b2 = _mm256_shuffle_epi8(table[2], index), b3 = _mm256_shuffle_epi8(table[3], index);
-    const __m256i low01 = _mm256_unpacklo_epi8(b0, b1), high01 = _mm256_unpackhi_epi8(b0, b1);
-    const __m256i low23 = _mm256_unpacklo_epi8(b2, b3), high23 = _mm256_unpackhi_epi8(b2, b3);
-    v[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low01, low23));
-    v[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low01, low23));
-    v[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(high01, high23));
-    v[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(high01, high23));
+    floats_of(b0, b1, b2, b3, v);
 }
 
 template <int M>

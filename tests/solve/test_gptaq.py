@@ -13,8 +13,9 @@ from fewbits.grids import NAMED_GRIDS, Int
 from fewbits.kernels import reference
 from fewbits.model import Source
 from fewbits.pipeline import walk as walking
+from fewbits.pipeline.acts import pairing
 from fewbits.solve import Exact, Sweep
-from fewbits.solve.sweep import carried, inverse_factor
+from fewbits.solve.sweep import absorbing, carried, inverse_factor
 from fewbits.stats import Stats
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -58,7 +59,8 @@ def test_one_step_is_the_least_squares_answer():
     changed[:, 0] = x0[:, 0].double()
     H, G = x.T @ x, (changed - x).T @ x
     U, _ = inverse_factor(H, torch.zeros(16, dtype=torch.bool), 0.0)
-    leaning, _ = carried(w.double(), U, G)
+    A, _ = absorbing(U, G)
+    leaning = carried(w.double(), A)
     target = (changed - x)[:, :1] * w[:, 0].double()  # [tokens, out]
     answer = torch.linalg.lstsq(x[:, 1:], target).solution.T
     assert torch.allclose(leaning[:, 1:] - w[:, 1:].double(), answer, rtol=1e-9, atol=1e-10)
@@ -214,6 +216,7 @@ def test_the_walk_pairs_both_streams(llama, tmp_path, monkeypatch, memory):
 
     monkeypatch.setattr(walking, "solve_one", spy)
     monkeypatch.setattr("fewbits.pipeline.acts.TOKENS_PER_BATCH", 5 * 16)
+    monkeypatch.setattr("fewbits.pipeline.job.pairing", lambda tokens, widest: 2)
     job = api.quantize(
         llama, tmp_path / "out", method="gptaq", format="fewbits", max_memory=memory, dry_run=True, **SMALL
     )
@@ -235,6 +238,13 @@ def test_the_walk_pairs_both_streams(llama, tmp_path, monkeypatch, memory):
             assert torch.allclose(cross.double(), (x0 - x)[paired].T @ x[paired], rtol=2e-2, atol=2e-3 * scale)
             pairs += 1
     assert pairs == 21
+
+
+@pytest.mark.parametrize(
+    ("tokens", "widest", "every"), [(16384, 1536, 1), (32768, 1536, 2), (65536, 1536, 4), (10**7, 64, 4), (9, 64, 1)]
+)
+def test_enough_tokens_are_paired(tokens, widest, every):
+    assert pairing(tokens, widest) == every
 
 
 def inputs_of(path, rows):

@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 TOKENS_PER_BATCH = 4096
-PAIRED = 2
-"""One batch in so many goes through the original model too, where a statistic compares the two."""
+PER_INPUT, SPARSEST = 10, 4
+
+
+def pairing(tokens: int, widest: int) -> int:
+    """One batch in how many goes through the original model too, where a statistic compares the two: enough for ten
+    tokens per input of the widest layer, and one in four at least.
+    """
+    return max(1, min(SPARSEST, tokens // (PER_INPUT * widest)))
 
 
 class Acts:
@@ -18,8 +24,8 @@ class Acts:
 
     A batch is about 4096 tokens whatever the machine, so that the order of every sum, hence every byte of the result,
     depends on the plan alone. Above ``budget`` bytes the store is a file in ``folder`` that the system pages in and
-    out. ``original``, where a statistic wants it, holds the rows of batches 0, ``PAIRED`` ... as the
-    original model's blocks leave them.
+    out. ``original``, where a statistic wants it, holds the rows of every ``paired``-th batch, from the
+    first, as the original model's blocks leave them.
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class Acts:
     ):
         self.rows, self.tokens, self.width = rows, tokens, width
         self.original: Acts | None = None
+        self.paired = 1
         self.per_batch = max(1, TOKENS_PER_BATCH // tokens)
         self.spilled = budget is not None and folder is not None and self.nbytes > budget
         if self.spilled and folder is not None:
@@ -71,14 +78,15 @@ class Acts:
         """What belongs to the rows of a batch in ``x``, computed from :meth:`padded`: ``[rows or tokens, ...]``."""
         return x[: len(x) * len(self[batch]) // self.per_batch]
 
-    def pair(self, budget: int | None, folder: Path | None) -> None:
-        """Make room for ``original``."""
-        rows = sum(len(self[b]) for b in range(0, len(self), PAIRED))
+    def pair(self, every: int, budget: int | None, folder: Path | None) -> None:
+        """Make room for ``original``: one batch in ``every``."""
+        self.paired = every
+        rows = sum(len(self[b]) for b in range(0, len(self), every))
         self.original = Acts(rows, self.tokens, self.width, budget, folder, "original.bin")
 
     def partner(self, batch: int) -> int | None:
         """Which batch of ``original`` holds the same rows, if one does."""
-        return None if self.original is None or batch % PAIRED else batch // PAIRED
+        return None if self.original is None or batch % self.paired else batch // self.paired
 
     def batches(self, ids: Tensor) -> Iterator[tuple[int, Tensor]]:
         """``ids [rows, tokens]`` cut as the store is."""

@@ -23,7 +23,7 @@ from fewbits import formats, storage
 from fewbits.errors import FewbitsError, RequestError
 from fewbits.formats import Entry, Layout
 from fewbits.model import Source
-from fewbits.pipeline.acts import Acts
+from fewbits.pipeline.acts import Acts, pairing
 from fewbits.pipeline.card import card
 from fewbits.pipeline.fisher import Fisher
 from fewbits.pipeline.lane import Emit, Lane, part, share
@@ -207,13 +207,13 @@ class Job:
         width = int(self.source.text_config.hidden_size)
         budget = None if self.max_memory is None else self.max_memory // 4
         acts = Acts(rows, tokens, width, budget, folder)
+        widest = max(e.shape[1] for e in self.entries)
         if "cross" in self.plan.needs:
-            acts.pair(budget, folder)
+            acts.pair(pairing(rows * tokens, widest), budget, folder)
         for b, ids in acts.batches(self.rows):
             acts[b] = self.source.embed(ids)
             if acts.original is not None and (at := acts.partner(b)) is not None:
                 acts.original[at] = acts[b]
-        widest = max(e.shape[1] for e in self.entries)
         all_rows = rows + (0 if acts.original is None else acts.original.rows)
         inside = all_rows * tokens * (2 * width + widest) * 4
         waiting = self.max_memory is None or inside <= self.max_memory // 2

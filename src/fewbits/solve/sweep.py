@@ -12,7 +12,7 @@ GPTAQ (arXiv 2504.02692) also takes back what the quantized layers before have l
 original model it minimises ``‖Q X - W X̃‖²``. Column ``j`` leaves the residual ``w_j (x̃_j - x_j)``, which the columns
 after it absorb: ``w_later += w_j P_j``, ``P = α triu(G Uᵀ, 1) U`` with ``G = Σ (x̃ - x) xᵀ`` (sheet letters of section
 4). ``w_j`` being the value before rounding, the recursion ``v = w - e Ũ + v P`` (``Ũ`` = ``U`` above its diagonal) is
-``v = (w - e Ũ)(I - P)⁻¹``: the same sweep for another weight and another factor, see :func:`carried`.
+``v = (w - e Ũ)(I - P)⁻¹``: the same sweep for another weight and another factor, see :func:`absorbing`.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Sweep:
         back = torch.argsort(perm)
         columns, free, pivots = w.shape[1], w.index_select(1, perm), U.diagonal()[back]
         if self.cross:
-            free, U = carried(free, U, self.cross * stats.change[perm][:, perm].to(w.dtype))
+            A, U = self._absorbed(stats, perm, U)
+            free = carried(free, A)
         if self.sparsity:
             how: Plain = Pruned(grid, Sparsity.parse(self.sparsity))
         else:
@@ -124,6 +125,13 @@ class Sweep:
             perm = torch.argsort(diagonal, descending=True, stable=True) if activation else torch.arange(len(H))
             U, used = inverse_factor(H.index_select(0, perm).index_select(1, perm), dead[perm], self.damp)
             stats.memo[key] = perm, U, diagonal, used, dead
+        return stats.memo[key]
+
+    def _absorbed(self, stats: Stats, perm: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+        """What GPTAQ makes of the factor, shared as the factor is."""
+        key = ("absorbed", self.order, self.damp, self.cross, U.dtype)
+        if key not in stats.memo:
+            stats.memo[key] = absorbing(U, self.cross * stats.change[perm][:, perm].to(U.dtype))
         return stats.memo[key]
 
 
@@ -165,20 +173,35 @@ def sweep_groups(
     return torch.cat(codes, 1), params, loss
 
 
-def carried(w: Tensor, U: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and factor whose plain sweep is GPTAQ's for ``w [out, in]``, ``U [in, in]`` and ``G = α Σ (x̃ - x) xᵀ``.
+def absorbing(U: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+    """``I - P`` and the factor whose plain sweep is GPTAQ's, ``Ũ (I - P)⁻¹ + diag U``, for ``U [in, in]`` and
+    ``G = α Σ (x̃ - x) xᵀ``; the weight is to be :func:`carried` by the first.
 
-    ``W (I - P)⁻¹`` and ``Ũ (I - P)⁻¹ + diag U``. ``Σ e²`` becomes ``tr((Q-T) H (Q-T)ᵀ)`` with ``T = W + V P``, ``V``
-    the weights as they were when each was rounded.
+    All three products are of triangles. By blocks that leave their zeros out they need a quarter of the operations of
+    whole ones: n³ / 3, 2 n³ / 3 and n³ / 3 for n columns.
     """
+    n = len(U)
+    T, A, factor = torch.zeros_like(U), torch.zeros_like(U), U.triu(1)
     with one_thread():
-        P = torch.triu(G @ U.T, 1) @ U
-        A = torch.eye(len(U), dtype=U.dtype) - P
-        both = torch.cat([w, U.triu(1)])
-        both = torch.linalg.solve_triangular(A, both, upper=True, left=False, unitriangular=True)
-    leaning, factor = both[: len(w)].contiguous(), both[len(w) :].contiguous()
+        for a in range(0, n, BLOCK):
+            b = min(a + BLOCK, n)
+            torch.mm(G[:b, a:], U[a:b, a:].T, out=T[:b, a:b])
+            T[a:b, a:b].triu_(1)
+        for a in range(0, n, BLOCK):
+            b = min(a + BLOCK, n)
+            A[a:b, a:] = T[a:b, a:] @ -U[a:, a:]
+        A.diagonal().add_(1)
+        for a in range(0, n, BLOCK):
+            b = min(a + BLOCK, n)
+            factor[a:b, a:] = carried(factor[a:b, a:], A[a:, a:])
     factor.diagonal().copy_(U.diagonal())
-    return leaning, factor
+    return A, factor
+
+
+def carried(w: Tensor, A: Tensor) -> Tensor:
+    """``w A⁻¹`` for ``w [rows, n]`` and ``A [n, n]`` upper triangular with ones on its diagonal."""
+    with one_thread():
+        return torch.linalg.solve_triangular(A, w, upper=True, left=False, unitriangular=True).contiguous()
 
 
 def segment(grid: Grid) -> int:

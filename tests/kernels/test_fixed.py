@@ -90,18 +90,21 @@ def test_gram_is_the_specification(isa, rows, n):
     assert torch.equal(G, G.T)
 
 
-@pytest.mark.parametrize(("rows", "n"), [(1, 1), (128, 48), (127, 50), (1000, 130)])
-def test_cross_is_the_specification(isa, rows, n):
-    """Not symmetric, and on the right side: every block, also those below the diagonal."""
-    y, x = make(rows, n), make(rows, n, seed=1)
-    C = torch.eye(n)
+SHAPES = [(1, 1, 1), (128, 48, 48), (127, 50, 50), (1000, 130, 130), (130, 49, 500), (130, 500, 49), (300, 1, 97)]
+
+
+@pytest.mark.parametrize(("rows", "m", "n"), SHAPES)
+def test_cross_is_the_specification(isa, rows, m, n):
+    """Neither symmetric nor square, and on the right side: every block, also those below the diagonal."""
+    y, x = make(rows, m), make(rows, n, seed=1)
+    C = torch.eye(m, n)
     fixed.fixed_cross_(C, y, x)
     a, b = reference.fixed_point(y.T).double(), reference.fixed_point(x.T).double()
-    assert torch.allclose(C.double(), torch.eye(n).double() + a @ b.T, rtol=1e-5, atol=1e-5 * rows**0.5)
-    wide = make(rows, 2 * n, seed=2)
-    one, two = torch.zeros(n, n), torch.zeros(n, n)
-    fixed.fixed_cross_(one, wide[:, n:], x)
-    fixed.fixed_cross_(two, wide[:, n:].contiguous(), x)
+    assert torch.allclose(C.double(), torch.eye(m, n).double() + a @ b.T, rtol=1e-5, atol=1e-5 * rows**0.5)
+    wide = make(rows, 2 * m, seed=2)
+    one, two = torch.zeros(m, n), torch.zeros(m, n)
+    fixed.fixed_cross_(one, wide[:, m:], x)
+    fixed.fixed_cross_(two, wide[:, m:].contiguous(), x)
     assert torch.equal(one, two)
 
 
@@ -217,7 +220,7 @@ def test_wrong_requests_are_named():
         fixed.fixed_linear(make(3, 4), make(3, 5))
     with pytest.raises(RequestError, match="bias"):
         fixed.fixed_linear(make(3, 4), make(3, 4), make(2))
-    with pytest.raises(RequestError, match=r"y and x float32\[T, n\]"):
+    with pytest.raises(RequestError, match=r"y float32\[T, m\] and x float32\[T, n\]"):
         fixed.fixed_cross_(torch.zeros(4, 4), make(5, 4), make(6, 4))
     with pytest.raises(RequestError, match=r"G float32\[n, n\]"):
         fixed.fixed_gram_(torch.zeros(3, 3), make(5, 4))

@@ -169,12 +169,15 @@ def test_cross_statistics_add_and_scale():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("tokens", "n"), [(1, 1), (7, 5), (130, 49), (300, 97), (1000, 400)])
-def test_cross_kernel(tokens, n, dtype):
+@pytest.mark.parametrize(
+    ("tokens", "m", "n"),
+    [(1, 1, 1), (7, 5, 5), (130, 49, 49), (300, 97, 97), (1000, 400, 400), (130, 500, 49), (9, 1, 500)],
+)
+def test_cross_kernel(tokens, m, n, dtype):
     """C++ = reference, any shape, sliced rows too; the same bits for any number of threads."""
     g = torch.Generator().manual_seed(n)
-    y, x = (torch.randn(tokens, 2 * n, generator=g).to(dtype)[:, :n] for _ in range(2))
-    start = torch.randn(n, n, generator=g)
+    y, x = (torch.randn(tokens, 2 * columns, generator=g).to(dtype)[:, :columns] for columns in (m, n))
+    start = torch.randn(m, n, generator=g)
     want, before, found = start.clone(), torch.get_num_threads(), []
     reference.cross_(want, y, x)
     try:

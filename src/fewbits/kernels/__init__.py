@@ -58,7 +58,7 @@ def _gram_uses(level: str) -> str:
 
 
 register("gram_", "(G: f32[n,n], x: bf16|f32[T,n]) -> None, G += x^T x", _gram_uses)
-register("cross_", "(C: f32[n,n], y: bf16|f32[T,n], x: like y) -> None, C += y^T x", _gram_uses)
+register("cross_", "(C: f32[m,n], y: bf16|f32[T,m], x: like y [T,n]) -> None, C += y^T x", _gram_uses)
 register(
     "fit_affine",
     "(w: f32[R,C], group, qmax, symmetric, ratios: f32[K,2], importance: f32[C]|None, scale_dtype, norm)"
@@ -115,29 +115,31 @@ def gram_(G: Tensor, x: Tensor) -> None:
 
 
 def cross_(C_: Tensor, y: Tensor, x: Tensor) -> None:
-    """``C_ += y^T x`` in place, not symmetric; ``C_`` float32 ``[n, n]``, ``y`` and ``x`` ``[T, n]`` of one dtype.
+    """``C_ += y^T x`` in place; ``C_`` float32 ``[m, n]``, ``y [T, m]`` and ``x [T, n]`` of one dtype.
 
     Summed as :func:`gram_` sums. Raises RequestError on wrong shapes or dtypes.
     """
-    n = C_.shape[-1]
     require(
-        C_.dtype == torch.float32 and C_.shape == (n, n) and x.ndim == 2 and x.shape[1] == n and x.is_floating_point(),
-        f"cross_ needs C float32[n, n] and x floating[T, n]; got {shape(C_)} and {shape(x)}",
-    )
-    require(
-        y.shape == x.shape and y.dtype == x.dtype and y.device == x.device == C_.device,
-        f"cross_ needs y like x; got {shape(y)} and {shape(x)}",
+        C_.dtype == torch.float32
+        and x.is_floating_point()
+        and x.ndim == y.ndim == 2
+        and len(x) == len(y)
+        and C_.shape == (y.shape[1], x.shape[1])
+        and y.dtype == x.dtype
+        and y.device == x.device == C_.device,
+        f"cross_ needs C float32[m, n], y floating[T, m] and x like it [T, n]; got {shape(C_)}, {shape(y)} and "
+        f"{shape(x)}",
     )
     if not native(C_, x) or not C_.is_contiguous():
         reference.cross_(C_, y, x)
         return
-    if x.numel() == 0:
+    if not x.numel() or not y.numel():
         return
     wide = x.dtype not in (torch.float32, torch.bfloat16)
     y, x = (t.detach().float() if wide else t.detach() for t in (y, x))
     y, x = (t if t.stride(1) == 1 else t.contiguous() for t in (y, x))
     addresses = (C_.data_ptr(), y.data_ptr(), x.data_ptr())
-    C.cross(*addresses, len(x), n, y.stride(0), x.stride(0), x.dtype == torch.bfloat16, threads())
+    C.cross(*addresses, len(x), *C_.shape, y.stride(0), x.stride(0), x.dtype == torch.bfloat16, threads())
 
 
 @dataclass(frozen=True)

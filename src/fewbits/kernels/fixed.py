@@ -36,7 +36,7 @@ register(
     _uses,
 )
 register("fixed_gram_", "(G: f32[n,n], x: f32[T,n]) -> None, G += x^T x", _uses)
-register("fixed_cross_", "(C: f32[n,n], y: f32[T,n], x: f32[T,n]) -> None, C += y^T x", _uses)
+register("fixed_cross_", "(C: f32[m,n], y: f32[T,m], x: f32[T,n]) -> None, C += y^T x", _uses)
 
 
 def fixed_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -114,25 +114,25 @@ def fixed_gram_(G: Tensor, x: Tensor) -> None:
 
 
 def fixed_cross_(C: Tensor, y: Tensor, x: Tensor) -> None:
-    """``C += y^T x`` in place, not symmetric; ``y`` and ``x`` ``[T, n]`` are each rounded as in :func:`fixed_gram_`.
+    """``C += y^T x`` in place for ``C [m, n]``, ``y [T, m]`` and ``x [T, n]``, each rounded as in :func:`fixed_gram_`.
 
     Raises RequestError on wrong shapes or dtypes.
     """
-    n = C.shape[-1]
     require(
         C.dtype == x.dtype == y.dtype == torch.float32
-        and C.shape == (n, n)
-        and x.ndim == 2
-        and y.shape == x.shape == (len(x), n),
-        f"fixed_cross_ needs C float32[n, n], y and x float32[T, n]; got {shape(C)}, {shape(y)} and {shape(x)}",
+        and x.ndim == y.ndim == 2
+        and len(x) == len(y)
+        and C.shape == (y.shape[1], x.shape[1]),
+        f"fixed_cross_ needs C float32[m, n], y float32[T, m] and x float32[T, n]; got {shape(C)}, {shape(y)} and "
+        f"{shape(x)}",
     )
     y, x = y.detach(), x.detach()
     if not _table.native(C, y, x) or not C.is_contiguous():
         reference.fixed_cross_(C, y, x)
-    elif x.numel():
+    elif x.numel() and y.numel():
         y, x = (t if t.stride(1) == 1 else t.contiguous() for t in (y, x))
         addresses = (C.data_ptr(), y.data_ptr(), x.data_ptr())
-        _table.C.fixed_cross(*addresses, len(x), n, y.stride(0), x.stride(0), _table.threads())
+        _table.C.fixed_cross(*addresses, len(x), *C.shape, y.stride(0), x.stride(0), _table.threads())
 
 
 SUMS = Sums(fixed_gram_, fixed_cross_)
@@ -145,9 +145,9 @@ class FixedPoint(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.linear and _takes_linear(*args, **kwargs):
+        if func is F.linear and takes_linear(*args, **kwargs):
             return _linear(*args, **kwargs)
-        if func is F.scaled_dot_product_attention and _takes_attention(*args, **kwargs):
+        if func is F.scaled_dot_product_attention and takes_attention(*args, **kwargs):
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -156,7 +156,7 @@ def _plain(*tensors: Tensor | None) -> bool:
     return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
 
 
-def _takes_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def takes_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return _plain(input, weight, bias) and weight.ndim == 2 and input.shape[:-1].numel() >= FEWEST
 
 
@@ -165,7 +165,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return fixed_linear(input, weight, bias) if few is None else few_linear(input, few, bias)
 
 
-def _takes_attention(
+def takes_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -23,6 +23,8 @@ from fewbits.pipeline.precision import PRECISIONS
 
 BUDGET = 256 << 20
 """Bytes of hidden states that one portion of rows may take."""
+TOKENS = 256
+"""Of every row: the estimate's noise falls with the number of rows, its cost grows with their length."""
 DONE = "fisher.done"
 
 
@@ -47,9 +49,10 @@ class Fisher:
         return found
 
     def gather(self, rows: Tensor, compute: str, tell: Callable[[int, int], None]) -> None:
-        """Sum over ``rows`` int64 ``[samples, tokens]``, unless an earlier run has finished that. ``tell(done, all)``
-        counts rows.
+        """Sum over the beginnings of ``rows`` int64 ``[samples, tokens]``, unless an earlier run has finished that.
+        ``tell(done, all)`` counts rows.
         """
+        rows = rows[:, :TOKENS]
         if (self.folder / DONE).exists():
             return
         for old in self.folder.glob("fisher-*.bin"):
@@ -73,30 +76,26 @@ class Fisher:
                 hidden.append(torch.cat([_first(block(x, **kwargs[i])).float() for x in hidden[-1].split(1)]))
         tail = source.tail(grad=True)
         back = []
-        for x, ids in zip(hidden.pop().split(1), rows, strict=True):
-            x = x.clone().requires_grad_()
-            with torch.enable_grad(), context():
+        with torch.enable_grad(), context():
+            for x, ids in zip(hidden.pop().split(1), rows, strict=True):
+                x = x.clone().requires_grad_()
                 loss = F.cross_entropy(tail(x)[0, :-1].float(), ids[1:])
-            back.append(torch.autograd.grad(loss, x)[0])
+                back.append(torch.autograd.grad(loss, x)[0])
         for i in reversed(range(n)):
             block, sums = source.block(i), self.of(i)
             weights = [_weight(block.get_submodule(name)).requires_grad_() for name in sums]
-            for r, x in enumerate(hidden.pop().split(1)):
-                x = x.clone().requires_grad_()
-                with torch.enable_grad(), context():
+            with torch.enable_grad(), context():
+                for r, x in enumerate(hidden.pop().split(1)):
+                    x = x.clone().requires_grad_()
                     out = _first(block(x, **kwargs[i])).float()
-                gradients = torch.autograd.grad(out, [x, *weights], back[r], allow_unused=True)
-                back[r] = gradients[0]
-                for (name, total), g in zip(sums.items(), gradients[1:], strict=True):
-                    if g is not None:
-                        _add(total, block.get_submodule(name), g, count)
-
-
-def _add(total: Tensor, module: nn.Module, g: Tensor, count: int) -> None:
-    square = (g.t() if is_transposed(module) else g).float().square()
-    if not bool(torch.isfinite(square.amax())):
-        raise FewbitsError("gradients are not finite; try --compute fp32, or check the model's weights")
-    total.add_(square, alpha=1 / count)
+                    gradients = torch.autograd.grad(out, [x, *weights], back[r], allow_unused=True)
+                    back[r] = gradients[0]
+                    for (name, total), g in zip(sums.items(), gradients[1:], strict=True):
+                        if g is not None:
+                            g = (g.t() if is_transposed(block.get_submodule(name)) else g).float()
+                            total.addcmul_(g, g, value=1 / count)
+            if not all(bool(torch.isfinite(total.amax())) for total in sums.values()):
+                raise FewbitsError("gradients are not finite; try --compute fp32, or check the model's weights")
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from fewbits import kernels
 from fewbits.grids import Int
 from fewbits.kernels import few, fixed
+from fewbits.kernels.gradients import FixedGradients
 from fewbits.tensor import Quantized
 
 
@@ -51,7 +52,7 @@ def _learn(weight: torch.Tensor, q: Quantized) -> None:
 PRECISIONS = {
     "bf16": Precision(_autocast, torch.bfloat16, kernels.SUMS, _autocast),
     "fp32": Precision(nullcontext, torch.float32, kernels.SUMS),
-    "fixed": Precision(fixed.FixedPoint, torch.float32, fixed.SUMS, steady=True, learn=_learn),
+    "fixed": Precision(fixed.FixedPoint, torch.float32, fixed.SUMS, FixedGradients, steady=True, learn=_learn),
 }
 
 

@@ -29,8 +29,6 @@ int rows_of(std::int64_t all, std::int64_t panel) {
     return static_cast<int>(std::min<std::int64_t>(few_panel, all - panel * few_panel));
 }
 
-std::int64_t parts(std::int64_t all, std::int64_t size) { return (all + size - 1) / size; }
-
 // Bytes of a packed weight [rows, columns].
 std::int64_t few_size(std::int64_t rows, std::int64_t columns) {
     return parts(rows, few_panel) * parts(columns, few_run) * few_bytes;

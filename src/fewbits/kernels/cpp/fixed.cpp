@@ -30,8 +30,6 @@ int rows_of(std::int64_t all, std::int64_t panel) {
     return static_cast<int>(std::min<std::int64_t>(fixed_panel, all - panel * fixed_panel));
 }
 
-std::int64_t parts(std::int64_t all, std::int64_t size) { return (all + size - 1) / size; }
-
 void linear(std::uintptr_t y, std::uintptr_t x, std::uintptr_t w, std::uintptr_t bias, std::int64_t tokens,
             std::int64_t columns, std::int64_t out, std::int64_t x_stride, std::int64_t w_stride, int threads) {
     FixedJob job;
@@ -70,10 +68,10 @@ void gram(std::uintptr_t g, std::uintptr_t x, std::int64_t rows, std::int64_t co
              fixed_kernels().gram, threads);
 }
 
-void cross(std::uintptr_t c, std::uintptr_t y, std::uintptr_t x, std::int64_t rows, std::int64_t columns,
-           std::int64_t y_stride, std::int64_t x_stride, int threads) {
-    add_cross({reinterpret_cast<float *>(c), reinterpret_cast<const void *>(y), rows, columns, y_stride, false},
-              {nullptr, reinterpret_cast<const void *>(x), rows, columns, x_stride, false}, fixed_kernels().gram,
+void cross(std::uintptr_t c, std::uintptr_t y, std::uintptr_t x, std::int64_t rows, std::int64_t y_columns,
+           std::int64_t x_columns, std::int64_t y_stride, std::int64_t x_stride, int threads) {
+    add_cross({reinterpret_cast<float *>(c), reinterpret_cast<const void *>(y), rows, y_columns, y_stride, false},
+              {nullptr, reinterpret_cast<const void *>(x), rows, x_columns, x_stride, false}, fixed_kernels().gram,
               threads);
 }
 

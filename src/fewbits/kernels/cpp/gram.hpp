@@ -6,7 +6,7 @@
 namespace fewbits {
 
 struct GramJob {
-    float *g;       // [columns, columns], symmetric
+    float *g;       // [columns, columns], symmetric; of a product with another x [columns, its columns]
     const void *x;  // [rows, columns], rows `stride` elements apart
     std::int64_t rows, columns, stride;
     bool bfloat;  // bfloat16, else float32
@@ -32,7 +32,7 @@ struct GramKernels {
 void add_gram(const GramJob &job, int threads);  // kernels for this CPU and the type of x
 void add_gram(const GramJob &job, const GramKernels &k, int threads);
 
-// left.g += left.x^T right.x, of the same shape and type; not symmetric.
+// left.g += left.x^T right.x, of as many rows and one type; not symmetric.
 void add_cross(const GramJob &left, const GramJob &right, int threads);
 void add_cross(const GramJob &left, const GramJob &right, const GramKernels &k, int threads);
 

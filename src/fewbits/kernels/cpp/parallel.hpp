@@ -11,11 +11,14 @@
 
 namespace fewbits {
 
+// How many parts of `size` cover `all`.
+inline std::int64_t parts(std::int64_t all, std::int64_t size) { return (all + size - 1) / size; }
+
 // Calls body(begin, end) over [0, count) in chunks of `grain`. `threads` is torch.get_num_threads(), passed by the
 // caller since our OpenMP settings need not be torch's. Not to be nested.
 template <class Body>
 void parallel_for(std::int64_t count, std::int64_t grain, int threads, const Body &body) {
-    const std::int64_t chunks = (count + grain - 1) / grain;
+    const std::int64_t chunks = parts(count, grain);
     const auto run = [&](std::int64_t chunk) {
         const std::int64_t begin = chunk * grain, end = begin + grain < count ? begin + grain : count;
         body(begin, end);

@@ -70,10 +70,10 @@ void gram(std::uintptr_t g, std::uintptr_t x, std::int64_t rows, std::int64_t co
     add_gram({at<float>(g), at<const void>(x), rows, columns, stride, bfloat}, threads);
 }
 
-void cross(std::uintptr_t c, std::uintptr_t y, std::uintptr_t x, std::int64_t rows, std::int64_t columns,
-           std::int64_t y_stride, std::int64_t x_stride, bool bfloat, int threads) {
-    add_cross({at<float>(c), at<const void>(y), rows, columns, y_stride, bfloat},
-              {nullptr, at<const void>(x), rows, columns, x_stride, bfloat}, threads);
+void cross(std::uintptr_t c, std::uintptr_t y, std::uintptr_t x, std::int64_t rows, std::int64_t y_columns,
+           std::int64_t x_columns, std::int64_t y_stride, std::int64_t x_stride, bool bfloat, int threads) {
+    add_cross({at<float>(c), at<const void>(y), rows, y_columns, y_stride, bfloat},
+              {nullptr, at<const void>(x), rows, x_columns, x_stride, bfloat}, threads);
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from peer_job import read_ids, report
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Facts = dict[str, float]
@@ -123,7 +124,7 @@ def sparsegpt(kind: str) -> Callable[[Any, Tensor], Facts]:
 
 
 def squeezellm(sparse: bool) -> Callable[[Any, Tensor], Facts]:
-    def run_it(model: Any, ids: Tensor) -> Facts:
+    def run_it(model: Any, ids: Tensor, gradients: Path | None = None) -> Facts:
         """Squared gradients of single rows are summed here, as their fork of transformers does; its k-means and its
         choice of outliers are theirs. ``np.cast``, which numpy 2 no longer has, is put back. The width of the range
         that makes 0.40 % of the weights outliers is found by bisection: they leave it to the user.
@@ -135,17 +136,12 @@ def squeezellm(sparse: bool) -> Callable[[Any, Tensor], Facts]:
         from squeezellm.outliers import remove_outliers
 
         layers = {n: m for n, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)}
-        fisher = {n: torch.zeros_like(m.weight) for n, m in layers.items()}
-        model.requires_grad_(False)
-        for m in layers.values():
-            m.weight.requires_grad_(True)
-        with torch.enable_grad():
-            for row in ids:
-                model(row[None], labels=row[None], use_cache=False).loss.backward()
-                for n, m in layers.items():
-                    assert m.weight.grad is not None
-                    fisher[n] += m.weight.grad.square()
-                    m.weight.grad = None
+        if gradients and gradients.exists():
+            fisher = load_file(gradients)
+        else:
+            fisher = squared_gradients(model, ids, layers)
+        if gradients:
+            save_file(fisher, gradients)
         weights = {n: m.weight.detach().clone() for n, m in layers.items()}
         kept: dict[str, Tensor] = {}
         if sparse:
@@ -168,6 +164,21 @@ def squeezellm(sparse: bool) -> Callable[[Any, Tensor], Facts]:
         return {"kept": entries, "bits_per_weight": 3 + 128 * columns / count + 32 * entries}
 
     return run_it
+
+
+def squared_gradients(model: Any, ids: Tensor, layers: dict[str, nn.Linear]) -> dict[str, Tensor]:
+    fisher = {n: torch.zeros_like(m.weight) for n, m in layers.items()}
+    model.requires_grad_(False)
+    for m in layers.values():
+        m.weight.requires_grad_(True)
+    with torch.enable_grad():
+        for row in ids:
+            model(row[None], labels=row[None], use_cache=False).loss.backward()
+            for n, m in layers.items():
+                assert m.weight.grad is not None
+                fisher[n] += m.weight.grad.square()
+                m.weight.grad = None
+    return fisher
 
 
 def quartiles(w: Any) -> tuple[float, float]:
@@ -194,7 +205,7 @@ def bisect(f: Callable[[float], float], low: float = 0.5, high: float = 8.0) -> 
     return high
 
 
-ENGINES: dict[str, tuple[str, Callable[[Any, Tensor], Facts]]] = {
+ENGINES: dict[str, tuple[str, Callable[..., Facts]]] = {
     "spqr": (".", spqr),
     "sparsegpt": (".", sparsegpt("")),
     "sparsegpt-2:4": (".", sparsegpt("2:4")),
@@ -214,6 +225,9 @@ def main() -> None:
         "--ids", type=Path, required=True, help='safetensors file with an int64 tensor "ids" [rows, seq]'
     )
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--gradients", type=Path, help="SqueezeLLM: squared gradients, read when the file exists, else written"
+    )
     args = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -224,7 +238,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     started = time.perf_counter()
     with torch.no_grad():
-        facts = engine(model, read_ids(args.ids))
+        facts = engine(model, read_ids(args.ids), **({"gradients": args.gradients} if args.gradients else {}))
     seconds = time.perf_counter() - started
     model.save_pretrained(args.out)
     AutoTokenizer.from_pretrained(args.model).save_pretrained(args.out)

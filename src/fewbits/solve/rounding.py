@@ -53,17 +53,23 @@ class Held(Plain):
     def fit(self, w: Tensor, importance: Tensor | None, pivots: Tensor, columns: Tensor) -> Params:
         n = w.shape[1]
         group = n if self.grid.period == -1 else self.grid.period
-        parts = []
-        for a in range(0, n, group):
-            part, u = w[:, a : a + group], pivots[a : a + group]
-            if self.mask is not None:
-                candidates = self.mask[:, columns[a : a + group]]
-            elif group <= SCREENED and math.isfinite(self.limit):
-                candidates = leave_one_out(getattr(self.grid, "screen", self.grid), part, u) > self.limit
-            else:
-                candidates = torch.zeros_like(part, dtype=torch.bool)
-            parts.append(without(part, candidates))
+        whole = n - n % group
+        parts = [
+            self._without(w[:, a:b], group, pivots[a:b], columns[a:b]) for a, b in ((0, whole), (whole, n)) if b > a
+        ]
         return self.grid.fit(torch.cat(parts, 1), importance)
+
+    def _without(self, w: Tensor, group: int, pivots: Tensor, columns: Tensor) -> Tensor:
+        """``w [out, n]``, in groups of ``group`` columns or one shorter one, without what is likely to be held."""
+        rows = w.reshape(-1, min(group, w.shape[1]))  # [out G, group]: groups are fitted alone, so all at once
+        if self.mask is not None:
+            candidates = self.mask[:, columns].view(rows.shape)
+        elif group <= SCREENED and math.isfinite(self.limit):
+            each = pivots.expand(w.shape).reshape(rows.shape)
+            candidates = leave_one_out(getattr(self.grid, "screen", self.grid), rows, each) > self.limit
+        else:
+            return w
+        return without(rows, candidates).view(w.shape)
 
     def feedback(self, w: Tensor, u: Tensor, p: Params, index: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         fused = getattr(self.grid, "keep", None)
@@ -114,8 +120,8 @@ def rounding(grid: Grid, split: Split | None, w: Tensor, pivots: Tensor, live: T
 
 
 def leave_one_out(grid: Grid, w: Tensor, pivots: Tensor) -> Tensor:
-    """``[out, n]``: by how much the group's error ``Σ (Q(w) - w)² / pivots²`` falls without each weight, its own error
-    counted: of the others it may fall too, since the grid fits them more closely.
+    """By how much the error ``Σ (Q(w) - w)² / pivots²`` of each row of ``w [rows, n]``, one group, falls without each
+    of its weights, its own error counted: of the others it may fall too, since the grid fits them more closely.
     """
     n = w.shape[1]
     if n < 3:

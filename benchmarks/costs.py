@@ -1,4 +1,4 @@
-"""What the second-order methods cost beside GPTQ: wall time and peak memory of whole runs, in turns, on one calibration.
+"""What the second-order methods cost beside GPTQ: wall time and peak memory of whole runs, in turns.
 
     python benchmarks/costs.py MODEL CALIBRATION.txt WORKDIR [--samples 128] [--turns 1] [--only gptaq]
 

@@ -31,10 +31,12 @@ from fewbits.grids import Int
 from fewbits.grids.codebook import codebook
 from fewbits.grids.element import ELEMENTS
 from fewbits.kernels import qlinear, qrows, qtable
+from fewbits.kernels.sparse import sparse_matmul
 from fewbits.runtime import QuantLinear
 from fewbits.tensor import Quantized
 
 ROWS, SLOW = 512, 1.0
+SHARES = (0.0045, 0.02)  # SqueezeLLM's, about SpQR's
 INPUTS = {"bf16": torch.bfloat16, "f32": torch.float32}
 E2M1 = torch.tensor([ELEMENTS["e2m1"].value(c) for c in range(16)])
 TABLES: dict[str, tuple[torch.Tensor, int, torch.dtype]] = {  # values, columns that share a scale, how it is kept
@@ -90,6 +92,14 @@ def nested(size: int, bits: int) -> qlinear.PackedWeight:
     return qlinear.pack_nested(codes, scale, zero, ranges, bits, 16)
 
 
+def singles(size: int, share: float) -> tuple[torch.Tensor, ...]:
+    """Offsets, columns and values of the weights that stay beside the codes, as :func:`sparse_matmul` takes them."""
+    kept = torch.rand(size, size) < share
+    offsets = F.pad(kept.sum(1).cumsum(0), (1, 0)).int()
+    columns = kept.nonzero()[:, 1].int()
+    return offsets, columns, (torch.randn(len(columns)) * 0.01).half()
+
+
 def w8a8(size: int) -> QuantLinear:
     """int8 weights with a scale per row, int8 inputs with a scale per token."""
     codes = torch.randint(1, 256, (size, size), dtype=torch.uint8)
@@ -118,6 +128,14 @@ def ours(size: int, group: int, gigabytes: float, quick: bool) -> dict[str, Prod
             x = torch.randn(1, size).to(dtype)
             run = partial(lambda x, w: qlinear.matmul(x, next(w)), x, weights)
             found[f"{name}, {kind} input"] = Product(run, one.nbytes, f"int4, {kind} input")
+    for share in SHARES:
+        entries = singles(size, share)
+        nbytes = sum(t.nbytes for t in entries)
+        others = cycle([tuple(t.clone() for t in entries) for _ in range(max(8, int(gigabytes / 4 * 1e9 / nbytes)))])
+        for kind, dtype in INPUTS.items():
+            x = torch.randn(1, size).to(dtype)
+            run = partial(lambda x, all_: sparse_matmul(x, *next(all_)), x, others)
+            found[f"single weights, {share:.2%}, {kind} input"] = Product(run, nbytes, f"int4, {kind} input")
     layers = [w8a8(size) for _ in range(max(4, int(gigabytes / 4 * 1e9 / size**2)))]
     x, turns = torch.randn(1, size).bfloat16(), cycle(layers)
     found["w8a8, bf16 input"] = Product(lambda: next(turns)(x), layers[0].nbytes, "int4, bf16 input")

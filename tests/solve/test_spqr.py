@@ -9,6 +9,7 @@ from fewbits import api, formats
 from fewbits.errors import CheckpointError, Refused, RequestError
 from fewbits.formats import Entry
 from fewbits.grids import Bilevel, Int
+from fewbits.kernels import _table
 from fewbits.kernels.sparse import reference_sparse_matmul, sparse_matmul
 from fewbits.runtime.linear import QuantLinear
 from fewbits.solve import Nearest, Sweep
@@ -284,6 +285,32 @@ def test_damaged_entries_are_refused(damage):
         del packed["sparse"]
     with pytest.raises(CheckpointError, match="sparse"):
         formats.fewbits.sparse.unpack("m", packed, s.shape)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3])
+def test_sparse_kernel_at_every_length_of_a_row(isa, share):
+    """Rows of none, few and many entries, in vectors and behind them; entries of other rows count for nothing, even where
+    they meet an infinite input.
+    """
+    if _table.C is None:
+        pytest.skip("no C++ extension")
+    g = torch.Generator().manual_seed(5)
+    w = torch.randn(90, 70, generator=g)
+    kept = torch.rand(90, 70, generator=g) < share
+    kept[:40] = torch.arange(70) < torch.arange(40)[:, None]
+    kept[-3:] = torch.arange(70) < torch.tensor([9, 0, 3])[:, None]
+    s = Sparse.of(torch.where(kept, w, 0))
+    x = torch.randn(2, 70, generator=g)
+    spoiled = torch.cat([torch.full((2, 1), torch.inf), x[:, 1:]], 1)
+    _table.C.limit_isa(isa)
+    try:
+        y, z = (sparse_matmul(t, s.offsets, s.columns, s.values) for t in (x, spoiled))
+    finally:
+        _table.C.limit_isa("amx")
+    assert torch.allclose(y.double(), x.double() @ s.dense().double().T, rtol=1e-5, atol=1e-5)
+    free = ~kept[:, 0]
+    assert bool(z[:, free].isfinite().all()) and not bool(z[:, ~free].isfinite().any())
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 70])

@@ -1,7 +1,6 @@
-// Weighted k-means of sorted numbers, exactly, by dynamic programming; and products with single weights by rows.
+// Weighted k-means of sorted numbers, exactly, by dynamic programming.
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "bind.hpp"
@@ -105,43 +104,10 @@ void kmeans(std::uintptr_t v, std::uintptr_t f, std::uintptr_t centers, std::int
     });
 }
 
-// float16 to float32; finite numbers only, subnormal ones too: the exponent is put right by one exact product.
-inline float widen(std::uint16_t half) {
-    const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000) << 16;
-    const std::uint32_t rest = static_cast<std::uint32_t>(half & 0x7fff) << 13;
-    float value;
-    std::memcpy(&value, &rest, sizeof value);
-    value *= 0x1p112f;
-    std::uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    bits |= sign;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-void sparse_product(std::uintptr_t x_, std::uintptr_t offsets_, std::uintptr_t columns_, std::uintptr_t values_,
-                    std::uintptr_t y_, std::int64_t tokens, std::int64_t in, std::int64_t out, int threads) {
-    const float *x = at<const float>(x_);
-    const auto *offsets = at<const std::int32_t>(offsets_), *columns = at<const std::int32_t>(columns_);
-    const auto *values = at<const std::uint16_t>(values_);
-    float *y = at<float>(y_);
-    parallel_for(out, 64, threads, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t t = 0; t < tokens; ++t) {
-            const float *row = x + t * in;
-            for (std::int64_t r = begin; r < end; ++r) {
-                float sum = 0.0f;
-                for (std::int32_t e = offsets[r]; e < offsets[r + 1]; ++e) sum += widen(values[e]) * row[columns[e]];
-                y[t * out + r] = sum;
-            }
-        }
-    });
-}
-
 }  // namespace
 
 void bind_cluster(nb::module_ &m) {
     m.def("kmeans", &kmeans, nb::call_guard<nb::gil_scoped_release>());
-    m.def("sparse_product", &sparse_product, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace fewbits

@@ -25,6 +25,7 @@ NB_MODULE(_C, m) {
     fewbits::bind_fixed(m);
     fewbits::bind_few(m);
     fewbits::bind_cluster(m);
+    fewbits::bind_sparse(m);
 #if defined(FEWBITS_WITH_QLINEAR)
     fewbits::bind_qlinear(m);
 #endif

@@ -290,8 +290,8 @@ def test_damaged_entries_are_refused(damage):
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3])
 def test_sparse_kernel_at_every_length_of_a_row(isa, share):
-    """Rows of none, few and many entries, in vectors and behind them; entries of other rows count for nothing, even where
-    they meet an infinite input.
+    """Rows of none, few and many entries, in vectors and behind them; entries of other rows count for nothing, even
+    where they meet an infinite input.
     """
     if _table.C is None:
         pytest.skip("no C++ extension")

@@ -309,6 +309,8 @@ def test_sparse_kernel_at_every_length_of_a_row(isa, share):
     finally:
         _table.C.limit_isa("amx")
     assert torch.allclose(y.double(), x.double() @ s.dense().double().T, rtol=1e-5, atol=1e-5)
+    narrow = x.bfloat16()
+    assert torch.equal(*(sparse_matmul(t, s.offsets, s.columns, s.values) for t in (narrow, narrow.float())))
     free = ~kept[:, 0]
     assert bool(z[:, free].isfinite().all()) and not bool(z[:, ~free].isfinite().any())
 

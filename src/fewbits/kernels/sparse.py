@@ -31,12 +31,14 @@ def sparse_matmul(x: Tensor, offsets: Tensor, columns: Tensor, values: Tensor) -
     if twin is not None:
         found: Tensor = twin(gpu.rows_of(x.detach()), offsets, columns, values)
         return found.view(*x.shape[:-1], out)
-    flat = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
+    flat = x.detach().reshape(-1, x.shape[-1])
     if not native(flat, offsets, columns, values):
-        return reference_sparse_matmul(flat, offsets, columns, values).view(*x.shape[:-1], out)
+        return reference_sparse_matmul(flat.float(), offsets, columns, values).view(*x.shape[:-1], out)
+    bfloat = flat.dtype == torch.bfloat16
+    flat = flat.contiguous() if bfloat else flat.float().contiguous()
     y = torch.empty(*x.shape[:-1], out)
-    addresses = (t.data_ptr() for t in (flat, offsets, columns, values, y))
-    C.sparse_product(*addresses, len(flat), flat.shape[1], out, threads())
+    rest = (t.data_ptr() for t in (offsets, columns, values, y))
+    C.sparse_product(flat.data_ptr(), bfloat, *rest, len(flat), flat.shape[1], out, threads())
     return y
 
 

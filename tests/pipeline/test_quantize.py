@@ -72,16 +72,21 @@ def test_methods_lower_the_output_error(method, llama, tmp_path):
     assert (result.kl is None) == (method == "rtn")
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16", "fixed"])
-def test_same_bytes_whatever_the_threads_when_the_last_batch_is_short(llama, tmp_path, compute):
+@pytest.mark.parametrize(
+    ("method", "compute"),
+    [*(("awq+gptq", c) for c in ("fp32", "bf16", "fixed")), ("gptaq", "fixed"), ("squeezellm", "fixed")],
+)
+def test_same_bytes_whatever_the_threads_when_the_last_batch_is_short(llama, tmp_path, method, compute):
     """7 rows of 48 tokens follow a full batch of 85."""
     before, trees, distances = torch.get_num_threads(), [], []
     settings = SMALL | {"samples": 92, "seq_len": 48, "compute": compute, "calibration": [TEXT * 2]}
+    if method == "squeezellm":
+        del settings["group_size"]  # its tables are of whole rows
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             out = tmp_path / f"{threads}"
-            result = api.quantize(llama, out, method="awq+gptq", format="fewbits", bits=4, **settings)
+            result = api.quantize(llama, out, method=method, format="fewbits", bits=4, **settings)
             trees.append(hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest())
             distances.append(result.kl)
     finally:

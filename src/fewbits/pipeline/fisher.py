@@ -10,7 +10,7 @@ quantized.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
-from fewbits.model import Source, is_transposed
-from fewbits.pipeline.precision import PRECISIONS
+from fewbits.model import Experts, Source, is_transposed
+from fewbits.pipeline.precision import PRECISIONS, Precision
 
 BUDGET = 256 << 20
 """Bytes of hidden states that one portion of rows may take."""
 TOKENS = 256
 """Of every row: the estimate's noise falls with the number of rows, its cost grows with their length."""
+BATCH = 1024
+"""Tokens that go through a block at once."""
 DONE = "fisher.done"
 
 
@@ -60,20 +62,20 @@ class Fisher:
         width = int(self.source.text_config.hidden_size)
         per_row = rows.shape[1] * width * 4 * (self.source.n_blocks + 1)
         portion = max(1, BUDGET // per_row)
-        context = PRECISIONS[compute].differentiable
         for a in range(0, len(rows), portion):
-            self._portion(rows[a : a + portion], len(rows), context)
+            self._portion(rows[a : a + portion], len(rows), PRECISIONS[compute])
             tell(min(a + portion, len(rows)), len(rows))
         (self.folder / DONE).touch()
 
-    def _portion(self, rows: Tensor, count: int, context: Callable[[], AbstractContextManager[object]]) -> None:
-        source, n = self.source, self.source.n_blocks
+    def _portion(self, rows: Tensor, count: int, precision: Precision) -> None:
+        source, n, context = self.source, self.source.n_blocks, precision.differentiable
         kwargs = source.block_kwargs(rows.shape[1])
         hidden = [source.embed(rows)]
         with torch.no_grad(), context():
             for i in range(n):
                 block = source.block(i)
-                hidden.append(torch.cat([_first(block(x, **kwargs[i])).float() for x in hidden[-1].split(1)]))
+                parts = hidden[-1].split(_at_once(block, rows))
+                hidden.append(torch.cat([_first(block(x, **kwargs[i])).float() for x in parts]))
         tail = source.tail(grad=True)
         back = []
         with torch.enable_grad(), context():
@@ -81,21 +83,43 @@ class Fisher:
                 x = x.clone().requires_grad_()
                 loss = F.cross_entropy(tail(x)[0, :-1].float(), ids[1:])
                 back.append(torch.autograd.grad(loss, x)[0])
+        gradient = torch.cat(back)
         for i in reversed(range(n)):
-            block, sums = source.block(i), self.of(i)
-            weights = [_weight(block.get_submodule(name)).requires_grad_() for name in sums]
+            block, sums = source.block(i).requires_grad_(False), self.of(i)
+            parts = zip(*(t.split(_at_once(block, rows)) for t in (hidden.pop(), gradient)), strict=True)
+            for name, total in sums.items():
+                watched = partial(_watch, total, count, rows.shape[1], precision)
+                block.get_submodule(name).register_forward_hook(watched)
             with torch.enable_grad(), context():
-                for r, x in enumerate(hidden.pop().split(1)):
+                for x, g in parts:
                     x = x.clone().requires_grad_()
-                    out = _first(block(x, **kwargs[i])).float()
-                    gradients = torch.autograd.grad(out, [x, *weights], back[r], allow_unused=True)
-                    back[r] = gradients[0]
-                    for (name, total), g in zip(sums.items(), gradients[1:], strict=True):
-                        if g is not None:
-                            g = (g.t() if is_transposed(block.get_submodule(name)) else g).float()
-                            total.addcmul_(g, g, value=1 / count)
+                    g.copy_(torch.autograd.grad(_first(block(x, **kwargs[i])).float(), x, g)[0])
             if not all(bool(torch.isfinite(total.amax())) for total in sums.values()):
                 raise FewbitsError("gradients are not finite; try --compute fp32, or check the model's weights")
+
+
+def _watch(
+    total: Tensor, count: int, tokens: int, precision: Precision, _: nn.Module, inputs: tuple[Tensor], output: Tensor
+) -> None:
+    """When the gradient of a layer's output is known, add to ``total [out, in]`` the squared gradients of its weight,
+    ``gᵀ x`` of each row.
+    """
+
+    def add(g: Tensor) -> None:
+        rows = max(1, g[..., 0].numel() // tokens)
+        pairs = (t.reshape(rows, -1, t.shape[-1]).to(precision.observed) for t in (g, inputs[0].detach()))
+        for of_output, of_input in zip(*pairs, strict=True):
+            of_weight = torch.zeros(total.shape)
+            precision.sums.cross_(of_weight, of_output, of_input)
+            total.addcmul_(of_weight, of_weight, value=1 / count)
+
+    output.register_hook(add)
+
+
+def _at_once(block: nn.Module, rows: Tensor) -> int:
+    """Rows; one where experts take tokens out of their rows."""
+    routed = any(isinstance(m, Experts) for m in block.modules())
+    return 1 if routed else max(1, BATCH // rows.shape[1])
 
 
 def _weight(module: nn.Module) -> Tensor:

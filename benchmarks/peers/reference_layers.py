@@ -140,8 +140,8 @@ def squeezellm(sparse: bool) -> Callable[[Any, Tensor], Facts]:
             fisher = load_file(gradients)
         else:
             fisher = squared_gradients(model, ids, layers)
-        if gradients:
-            save_file(fisher, gradients)
+            if gradients:
+                save_file(fisher, gradients)
         weights = {n: m.weight.detach().clone() for n, m in layers.items()}
         kept: dict[str, Tensor] = {}
         if sparse:

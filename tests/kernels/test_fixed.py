@@ -9,20 +9,8 @@ import torch.nn.functional as F
 from fewbits import kernels, stats
 from fewbits.errors import RequestError
 from fewbits.grids import Int
-from fewbits.kernels import _table, fixed, reference
+from fewbits.kernels import fixed, reference
 from fewbits.solve import Sweep
-
-
-@pytest.fixture(params=["portable", "avx2"])
-def isa(request):
-    if _table.C is None:
-        pytest.skip("no C++ extension")
-    _table.C.limit_isa(request.param)
-    if _table.C.isa() != request.param:
-        _table.C.limit_isa("amx")
-        pytest.skip(f"no {request.param}")
-    yield request.param
-    _table.C.limit_isa("amx")
 
 
 def make(*shape, seed=0):

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 from fewbits.kernels import gradients
 from fewbits.kernels.gradients import FixedGradients
-from tests.kernels.test_fixed import isa  # noqa: F401
 
 
 def make(*shape, seed=0):
@@ -30,7 +29,7 @@ def through(f, context, *leaves):
 
 
 @pytest.mark.parametrize(("shape", "out"), [((40, 7), 5), ((2, 50, 130), 49), ((300, 64), 200)])
-def test_linear(isa, shape, out):  # noqa: F811
+def test_linear(isa, shape, out):
     x, w, bias = make(*shape), make(out, shape[-1], seed=1), make(out, seed=2)
     found = through(F.linear, FixedGradients(), x, w, bias)
     want = through(F.linear, torch.enable_grad(), x.double(), w.double(), bias.double())
@@ -42,7 +41,7 @@ def test_linear(isa, shape, out):  # noqa: F811
 @pytest.mark.parametrize(
     ("batch", "heads", "kv", "tokens", "width"), [(1, 1, 1, 33, 8), (2, 6, 2, 70, 16), (1, 4, 4, 96, 24)]
 )
-def test_attention(isa, monkeypatch, batch, heads, kv, tokens, width, causal):  # noqa: F811
+def test_attention(isa, monkeypatch, batch, heads, kv, tokens, width, causal):
     q, k, v = (make(batch, h, tokens, width, seed=s) for s, h in enumerate((heads, kv, kv)))
 
     def attention(q, k, v):

@@ -236,6 +236,28 @@ def test_fisher_is_the_mean_of_squared_gradients_of_rows(family, compute, tokens
                 assert torch.allclose(found[local], want[name], rtol=off, atol=off / 100 * scale)
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_every_row_counts_alone_however_many_go_at_once(family, tmp_path, monkeypatch):
+    """Experts see tokens out of their rows: there rows go one by one."""
+    from fewbits.model import Source
+
+    source = Source.open(make(family, tmp_path / "model"))
+    rows = torch.randint(3, 300, (5, 12), generator=torch.Generator().manual_seed(0))
+    locals_ = [list(source.linears(source.skeleton(i))) for i in range(source.n_blocks)]
+    found = []
+    for tokens in (12, 36, 1000):
+        monkeypatch.setattr("fewbits.pipeline.fisher.BATCH", tokens)
+        folder = tmp_path / str(tokens)
+        folder.mkdir()
+        fisher = Fisher(source, locals_, folder)
+        fisher.gather(rows, "fp32", lambda n, of: None)
+        found.append([fisher.of(i) for i in range(source.n_blocks)])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            for name, want in one.items():
+                assert torch.allclose(two[name], want, rtol=1e-4, atol=1e-6 * float(want.max()))
+
+
 def test_long_rows_count_by_their_beginnings(llama, tmp_path, monkeypatch):
     from fewbits.model import Source
 

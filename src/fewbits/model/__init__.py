@@ -6,7 +6,7 @@ Modules of this package take each other from here; the order below is their orde
 from fewbits.model.assets import cache_dir, fetch, find_text
 from fewbits.model.base import Family, Site, fold, get_weight, is_linear, is_transposed, set_weight
 from fewbits.model.calibration import rows
-from fewbits.model.experts import Expert, Experts, unstack_experts
+from fewbits.model.experts import Expert, Experts, routed, unstack_experts
 from fewbits.model.families import FAMILIES, find_family
 from fewbits.model.names import Slot, match
 from fewbits.model.shell import Shell
@@ -30,6 +30,7 @@ __all__ = [
     "is_linear",
     "is_transposed",
     "match",
+    "routed",
     "rows",
     "set_weight",
     "unstack_experts",

@@ -54,6 +54,11 @@ def unstack_experts(root: nn.Module) -> int:
     return len(stacked)
 
 
+def routed(block: nn.Module) -> bool:
+    """Whether a router decides which tokens some layers of the block see."""
+    return any(isinstance(m, Experts) for m in block.modules())
+
+
 def _is_stacked(module: nn.Module) -> bool:
     down = getattr(module, "down_proj", None)
     return isinstance(down, nn.Parameter) and down.ndim == 3

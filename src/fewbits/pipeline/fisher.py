@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewbits.errors import FewbitsError
-from fewbits.model import Experts, Source, is_transposed
+from fewbits.model import Source, is_transposed, routed
 from fewbits.pipeline.precision import PRECISIONS, Precision
 
 BUDGET = 256 << 20
@@ -118,8 +118,7 @@ def _watch(
 
 def _at_once(block: nn.Module, rows: Tensor) -> int:
     """Rows; one where experts take tokens out of their rows."""
-    routed = any(isinstance(m, Experts) for m in block.modules())
-    return 1 if routed else max(1, BATCH // rows.shape[1])
+    return 1 if routed(block) else max(1, BATCH // rows.shape[1])
 
 
 def _weight(module: nn.Module) -> Tensor:

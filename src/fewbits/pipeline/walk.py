@@ -22,7 +22,7 @@ from fewbits.errors import FewbitsError
 from fewbits.formats import Entry, Layout, pruned
 from fewbits.grids import tied
 from fewbits.kernels import fixed, one_thread
-from fewbits.model import Experts, Site, Source, fold, get_weight, set_weight
+from fewbits.model import Site, Source, fold, get_weight, routed, set_weight
 from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.fisher import Fisher
 from fewbits.pipeline.forward import Beside, Cut, Forward, Observe, run
@@ -223,7 +223,7 @@ class Walk:
 
     def _forwards(self, block: nn.Module, i: int, acts: Acts) -> tuple[Sequence[Forward], Cut]:
         # A router mixes padding with what counts; its experts' products differ in length anyway.
-        padded = not _routed(block)
+        padded = not routed(block)
         read, cut = (acts.padded, acts.cut) if padded else (acts.__getitem__, lambda b, x: x)
 
         def forward(b: int) -> Forward:
@@ -277,7 +277,7 @@ class Walk:
         """Whether everything that few rows are multiplied by is ours: no expert's share of them, no mask."""
         tokens = hidden.shape[1]
         masked = self.source.block_kwargs(tokens)[i].get("attention_mask") is not None
-        return self._surely(tokens) and not (masked or _routed(block))
+        return self._surely(tokens) and not (masked or routed(block))
 
     def _observe(
         self, stats: dict[int, Stats], stage: int, x: Tensor, needs: frozenset[str], original: Tensor | None = None
@@ -317,10 +317,6 @@ class Walk:
                 fold(block, site, s)
                 for stage in {where[n] for n in site.consumers if n in where} & set(stats):
                     stats[stage] = Diagonal(site.expand(s)).stats(stats[stage])
-
-
-def _routed(block: nn.Module) -> bool:
-    return any(isinstance(m, Experts) for m in block.modules())
 
 
 def settled(block: nn.Module, recipes: Mapping[str, Recipe], ties: Sequence[Sequence[str]]) -> dict[str, Recipe]:

@@ -175,7 +175,8 @@ def sweep_groups(
 
 def absorbing(U: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """``I - P`` and the factor whose plain sweep is GPTAQ's, ``Ũ (I - P)⁻¹ + diag U``, for ``U [in, in]`` and
-    ``G = α Σ (x̃ - x) xᵀ``; the weight is to be :func:`carried` by the first.
+    ``G = α Σ (x̃ - x) xᵀ``; the weight is to be :func:`carried` by the first. The sweep's ``Σ e²`` is then
+    ``tr((Q-T) H (Q-T)ᵀ)`` with ``T = W + V P``, ``V`` the weights as they were when each was rounded.
 
     All three products are of triangles. By blocks that leave their zeros out they need a quarter of the operations of
     whole ones: n³ / 3, 2 n³ / 3 and n³ / 3 for n columns.

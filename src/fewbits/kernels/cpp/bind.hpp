@@ -3,7 +3,15 @@
 
 #include <nanobind/nanobind.h>
 
+#include <cstdint>
+
 namespace fewbits {
+
+// Tensors come from Python as addresses.
+template <class T>
+T *at(std::uintptr_t address) {
+    return reinterpret_cast<T *>(address);
+}
 
 void bind_solver(nanobind::module_ &m);
 void bind_w8a8(nanobind::module_ &m);

@@ -11,11 +11,6 @@ namespace nb = nanobind;
 namespace fewbits {
 namespace {
 
-template <class T>
-T *at(std::uintptr_t address) {
-    return reinterpret_cast<T *>(address);
-}
-
 // Clusters of sorted numbers are intervals. With prefix sums A0 = Σ f, A1 = Σ f v an interval (i, j] costs Σ f v² less
 // A1²/A0; the first part is the same for every partition, so the second is maximised. D[j] is the best gain of the first j
 // numbers in m clusters; where the last one begins rises with j, which halves the search again and again.

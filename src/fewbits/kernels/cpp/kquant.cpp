@@ -16,11 +16,6 @@ const BlockKernels &kernels() {
     return best_kernels(kquant_portable, FEWBITS_AVX2(kquant_avx2), FEWBITS_AVX2(kquant_avx2));
 }
 
-template <class T>
-T *at(std::uintptr_t address) {
-    return reinterpret_cast<T *>(address);
-}
-
 // Mean squares of the rows, each summed in order.
 std::vector<float> energies(const BlockJob &job, int threads) {
     std::vector<float> found(static_cast<std::size_t>(job.rows));

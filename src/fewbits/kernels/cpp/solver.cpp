@@ -15,11 +15,6 @@ const SolverKernels &kernels() {
     return best_kernels(solver_portable, FEWBITS_AVX2(solver_avx2), FEWBITS_AVX512(solver_avx512));
 }
 
-template <class T>
-T *at(std::uintptr_t address) {
-    return reinterpret_cast<T *>(address);
-}
-
 void fit_affine(std::uintptr_t w, std::uintptr_t ratios, std::uintptr_t importance, std::uintptr_t scale,
                 std::uintptr_t zero, std::int64_t rows, std::int64_t columns, std::int64_t group, int candidates,
                 int qmax, float norm, bool symmetric, int type, int threads) {

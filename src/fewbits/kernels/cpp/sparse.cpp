@@ -39,11 +39,6 @@ void rows(const SparseJob &job, std::int64_t begin, std::int64_t end) {
     }
 }
 
-template <class T>
-T *at(std::uintptr_t address) {
-    return reinterpret_cast<T *>(address);
-}
-
 // x as float32, from bfloat16 if need be.
 const float *widened(std::uintptr_t x, bool bfloat, std::int64_t count) {
     if (!bfloat) return at<const float>(x);

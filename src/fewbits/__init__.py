@@ -14,10 +14,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fewbits.api import quantize
     from fewbits.evaluate import evaluate
-    from fewbits.plan import Plan, Recipe
+    from fewbits.plan import Plan, Recipe, Tune
     from fewbits.runtime import load
 
-__all__ = ["Plan", "Recipe", "__version__", "evaluate", "load", "quantize"]
+__all__ = ["Plan", "Recipe", "Tune", "__version__", "evaluate", "load", "quantize"]
 
 _HOMES = {
     "quantize": "fewbits.api",
@@ -25,6 +25,7 @@ _HOMES = {
     "evaluate": "fewbits.evaluate",
     "Plan": "fewbits.plan",
     "Recipe": "fewbits.plan",
+    "Tune": "fewbits.plan",
 }
 
 

@@ -19,7 +19,7 @@ from fewbits.model import rows as calibration_rows
 from fewbits.pipeline import mixture
 from fewbits.pipeline.job import Job, Result
 from fewbits.pipeline.precision import PRECISIONS, default_compute
-from fewbits.plan import Calibration, Plan, Rule
+from fewbits.plan import Calibration, Plan, Rule, Tune
 
 PROBE_TOKENS = 1024
 
@@ -51,6 +51,7 @@ def quantize(
     dtype: str | None = None,
     lm_head: bool = False,
     stream: str = "quantized",
+    tune: Tune | bool = False,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> Result | Job:
     """Quantize a model into a checkpoint directory.
@@ -65,8 +66,9 @@ def quantize(
     ``compute`` what calibration's products are in, "bf16", "fp32" or "fixed" (13-bit fixed point), by default the
     fastest on this processor; ``dtype`` in which everything that is not quantized is stored; ``lm_head`` quantizes the
     output head too, which a model with tied embeddings cannot; ``stream`` "original" calibrates each block on the
-    original model's activations instead of the "quantized" ones. ``dry_run`` returns the checked job, which can be run
-    later if ``calibration`` was named: without, no text is read.
+    original model's activations instead of the "quantized" ones; ``tune`` (True, or a Tune with its steps) refines
+    every block by gradients once it is solved (:mod:`fewbits.tune`). ``dry_run`` returns the checked job, which can be
+    run later if ``calibration`` was named: without, no text is read.
 
     Raises RequestError (the request cannot be carried out), CheckpointError (damaged model); see :mod:`fewbits.errors`.
     """
@@ -92,6 +94,7 @@ def quantize(
         "seed": seed,
         "kv_cache": kv_cache,
         "stream": stream,
+        "tune": (Tune() if tune is True else tune) or None,
     }
     if lm_head and (mixed or recipe is not None):
         raise RequestError(
@@ -103,6 +106,8 @@ def quantize(
             f"--sparsity given, but {method + ' prunes nothing' if recipe is None else 'the recipe decides'}; write it "
             "as the solver's option of a recipe"
         )
+    if tune and recipe is not None:
+        raise RequestError("--tune given, but the recipe decides; write 'tune: {steps: 200}' into it")
     if recipe is not None:
         plan = read_recipe(Path(recipe), common)
     elif mixed:

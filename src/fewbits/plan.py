@@ -94,6 +94,24 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """Learned rounding after the solver: ``steps`` of descent per block, on ``rows`` calibration rows each; a weight
+    may go ``reach`` steps of its grid in all.
+    """
+
+    steps: int = 200
+    rows: int = 4
+    reach: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.rows < 1 or not self.reach > 0:
+            raise RequestError(
+                f"tuning by {self.steps} steps of {self.rows} rows over {self.reach} grid steps does nothing; "
+                "give more than 0 of each"
+            )
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that decides the bytes of the output."""
 
@@ -111,6 +129,8 @@ class Plan:
     stream: str = "quantized"
     """Whose outputs a block is calibrated on: those of the blocks as "quantized" before it, so that it sees their
     errors, or those of the "original" blocks, which are the same for every method."""
+    tune: Tune | None = None
+    """Refine each block by gradients once it is solved."""
 
     def __post_init__(self) -> None:
         if self.kv_cache not in (None, *KV_CACHES):
@@ -144,13 +164,16 @@ class Plan:
             return "quantized inputs need statistics of what each layer really reads"
         if any("cross" in r.needs for r in recipes):
             return "GPTAQ compares both streams"
+        if self.tune:
+            return "tuning brings the quantized stream back to the original one"
         return None
 
     @property
     def needs(self) -> frozenset[str]:
-        """Statistics that some rule or transform reads."""
+        """Statistics that some rule or transform reads, and "outputs" of blocks where these are tuned."""
         recipes = (r.recipe.needs for r in self.rules if r.recipe)
-        return frozenset().union(*recipes, *(t.needs for t in self.transforms))
+        tuned = {"outputs"} if self.tune else set()
+        return frozenset().union(tuned, *recipes, *(t.needs for t in self.transforms))
 
     def with_scales(self, dtype: str) -> Plan:
         """The same plan with every scale of 16 or 32 bits stored in ``dtype``; smaller ones are what their grid is."""
@@ -187,8 +210,9 @@ class Plan:
             transforms = tuple(from_data(t) for t in data.pop("transforms", ()))
             outside = tuple(Rule(r["match"], _recipe(r.get("recipe"))) for r in data.pop("outside", ()))
             filled = {"method": "recipe", "format": "fewbits"} | (common or {}) | data
-            if isinstance(filled.get("calibration"), dict):
-                filled["calibration"] = _build(Calibration, filled["calibration"], "calibration")
+            for name, kind in (("calibration", Calibration), ("tune", Tune)):
+                if isinstance(filled.get(name), dict):
+                    filled[name] = _build(kind, filled[name], name)
             return cls(rules=rules, transforms=transforms, outside=outside, **filled)
         except (KeyError, TypeError, AttributeError) as e:
             raise RequestError(

@@ -11,16 +11,14 @@ import torch
 
 from fewbits.errors import RequestError
 from fewbits.evaluate import score
+from fewbits.fake import TERNARY, FakeLinear
 from fewbits.finetune import Qat, Rows, Training, finetune
-from fewbits.finetune.fake import TERNARY, FakeLinear
 from fewbits.grids import NAMED_GRIDS, Int
 from fewbits.runtime import QuantLinear, load
 
 
 def fake(w: torch.Tensor, grid: Any, step: float | None = None, zero: float | None = None) -> FakeLinear:
-    linear = torch.nn.Linear(w.shape[1], w.shape[0], bias=False)
-    linear.weight.data = w
-    made = FakeLinear(linear, grid)
+    made = FakeLinear(w, None, grid)
     if step is not None:
         made.step.data.fill_(step)  # type: ignore[union-attr]
     if zero is not None:

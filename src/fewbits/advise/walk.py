@@ -27,6 +27,8 @@ FLOAT = 4
 # whatever its size (calibrated ones load a tokenizer and a text), copies of a gram matrix alive while it is factorised.
 BEYOND, GRAMS = 1.35, 6
 START, START_CALIBRATED = 0.3, 2.5
+TUNED = 6
+"""Copies of a block's weights alive while it is tuned: it and the original, places, their gradients, fake weights."""
 LOGITS, LOGITS_KEPT = 7, 12
 """Chunks of logits alive in the probe's last step, and with those that are freed but stay with the process."""
 
@@ -76,7 +78,7 @@ class Model:
     @property
     def acts(self) -> int:
         """Bytes of the activation store that stay in memory."""
-        size = self.tokens * self.width * FLOAT
+        size = self.tokens * self.width * FLOAT * (2 if self.job.plan.tune else 1)  # the original stream too
         return 0 if self.job.max_memory is not None and size > self.job.max_memory // 4 else size
 
     def _stages(self, i: int) -> list[list[tuple[tuple[int, int], Recipe | None]]]:
@@ -110,6 +112,10 @@ class Model:
         if any(r and "gram" in r.solver.needs for stage in stages for _, r in stage):
             columns = max((s[1] for stage in stages for s, r in stage if r), default=0)
             found.append(Phase("solve", weights + held + GRAMS * columns**2 * FLOAT + 4 * FLOAT * biggest))
+        if self.job.plan.tune:
+            tokens = self.job.plan.tune.rows * self.job.plan.calibration.seq_len
+            inside = sum(s[0] + s[1] for stage in stages for s, _ in stage)
+            found.append(Phase("tune", TUNED * weights + 2 * tokens * inside * FLOAT))
         return found
 
     def _widest(self) -> int:
@@ -159,6 +165,8 @@ class Model:
         transforms = self.job.plan.transforms
         forward = per_token * self.tokens * (passes + bool(transforms)) + per_token * 2 * PROBE_TOKENS
         gram = observed * self.tokens * (1 + bool(transforms))
+        if (tune := self.job.plan.tune) is not None:
+            forward += per_token * (3 * tune.steps * tune.rows * length + 4 * self.tokens)
         return solved + BEYOND * forward / machine.products + gram / machine.grams + self._transformed(stages)
 
     def _transformed(self, stages: Sequence[Any]) -> float:

@@ -15,7 +15,8 @@ class Progress:
     """Context manager; call it with events.
 
     ``key`` is the event that counts steps and ``total`` the field that says how many there are, both as the library
-    names them. Events of other kinds: ``note`` is printed, ``tensor`` is printed when ``verbose``.
+    names them. Events of other kinds: ``note`` is printed, ``tensor`` and ``tune`` are when ``verbose``; ``tuning``
+    says how far a block is.
     """
 
     def __init__(self, title: str, key: str, total: str, verbose: bool = False):
@@ -42,6 +43,10 @@ class Progress:
             self._say(f"note: {event.get('message', '')}")
         elif kind == "tensor" and self.verbose:
             self._say(_tensor(event))
+        elif kind == "tune" and self.verbose:
+            self._say(f"  block {event['block']} tuned: output error {event['before']:.3e} -> {event['after']:.3e}")
+        elif kind == "tuning" and self.console.is_terminal:
+            self._draw(int(event["block"]), int(event["blocks"]), f"tuning {event['step']}/{event['steps']}")
 
     def _step(self, event: dict[str, Any]) -> None:
         # Blocks are numbered from 0 as they finish, windows are counted.

@@ -49,6 +49,12 @@ def command(
     samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Learn rounding and steps per block after the method (AutoRound); slow.")
+    ] = False,
+    tune_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Steps of --tune for each block; default 200.")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="FILE|PRESET", help="A plan in YAML instead of the flags.")
     ] = None,
@@ -90,6 +96,8 @@ def command(
 
         fewbits quantize ./model ./out --method awq --format awq --calibration my.txt
 
+        fewbits quantize ./model ./out-int2 --bits 2 --group-size 64 --tune --samples 32
+
         fewbits quantize ./model ./out --max-kl 0.1 --eval-text held-out.txt --json
 
     An interrupted run goes on with the same command and --resume.
@@ -113,6 +121,7 @@ def command(
         "samples": samples,
         "seq_len": seq_len,
         "seed": seed,
+        "tune": tuned(tune, tune_steps),
         "recipe": recipe,
         "max_memory": memory,
         "resume": resume,
@@ -130,6 +139,13 @@ def command(
     report(result, as_json)
     if gate:
         gate.require(result, out)
+
+
+def tuned(wanted: bool, steps: int | None) -> Any:
+    """What `--tune` and `--tune-steps` ask for."""
+    from fewbits.plan import Tune
+
+    return wanted if steps is None else Tune(steps)
 
 
 def known(method: str, format: str | None, grid: str | None = None) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from fewbits import formats, storage
 from fewbits.errors import RequestError
+from fewbits.fake import TERNARY, fake_linears, replace_linears
 from fewbits.finetune.base import Qat, Training
 from fewbits.finetune.data import Row
-from fewbits.finetune.fake import TERNARY, fake_linears, replace_linears
 from fewbits.finetune.model import NAMES
 from fewbits.formats import Entry
 from fewbits.methods import altered, named

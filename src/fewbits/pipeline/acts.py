@@ -67,6 +67,10 @@ class Acts:
     def __setitem__(self, batch: int, hidden: Tensor) -> None:
         self[batch].copy_(hidden)
 
+    def take(self, rows: Tensor) -> Tensor:
+        """A copy of some rows, int64 indices; float32 ``[len(rows), tokens, width]``."""
+        return self._store[rows]
+
     def padded(self, batch: int) -> Tensor:
         """A batch filled up with its own rows until it is as long as the others. Libraries split short products
         among their threads in another way than long ones, and round them differently for each number of threads.

@@ -129,7 +129,7 @@ class Job:
 
     def lane(self, work: WorkDir, calibrated: bool, waiting: bool) -> Lane:
         """This job as one of the results of a walk."""
-        walk = Walk(self.source, self.plan, self.recipes, self.layout, waiting, self._fisher(work))
+        walk = Walk(self.source, self.plan, self.recipes, self.layout, waiting, self._fisher(work), self.emit)
         probe = Probe.start(walk, self.held_out) if self.held_out is not None and calibrated else None
         return Lane(walk, work, probe, self.emit)
 
@@ -208,8 +208,9 @@ class Job:
         budget = None if self.max_memory is None else self.max_memory // 4
         acts = Acts(rows, tokens, width, budget, folder)
         widest = max(e.shape[1] for e in self.entries)
-        if "cross" in self.plan.needs:
-            acts.pair(pairing(rows * tokens, widest), budget, folder)
+        if self.plan.needs & {"cross", "outputs"}:
+            every = 1 if self.plan.tune else pairing(rows * tokens, widest)
+            acts.pair(every, budget, folder)
         for b, ids in acts.batches(self.rows):
             acts[b] = self.source.embed(ids)
             if acts.original is not None and (at := acts.partner(b)) is not None:

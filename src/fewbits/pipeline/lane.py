@@ -51,7 +51,8 @@ class Lane:
             self.emit(event)
             if "fallback" in event:
                 self.emit({"event": "note", "message": f"{event['name']}: {event['fallback']}"})
-        error = sum(e["error"] for e in block.events) / max(1, len(block.events))
+        errors = [e["error"] for e in block.events if "error" in e]
+        error = sum(errors) / max(1, len(errors))
         n = self.walk.source.n_blocks
         self.emit({"event": "block", "block": i, "blocks": n, "seconds": seconds, "error": error})
 

@@ -33,6 +33,7 @@ from fewbits.solve import Nearest
 from fewbits.stats import Stats, loss
 from fewbits.tensor import Quantized, Sparse
 from fewbits.transform import Diagonal
+from fewbits.tune import Products, Rows, tune
 
 Event = dict[str, Any]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -56,6 +57,7 @@ class Walk:
     layout: Layout
     waiting: bool = True
     fisher: Fisher | None = None
+    tell: Callable[[Event], None] = lambda event: None
 
     def quantize(self, i: int, acts: Acts | None, given: Mapping[int, Stats] | None = None) -> Block:
         """Quantize block ``i`` and, unless the plan needs no calibration, move ``acts`` past it.
@@ -108,7 +110,11 @@ class Walk:
                 solve(stage)
         else:
             with self._beside(as_it_was, i, acts, stages) as seen:
-                self._advance(block, i, acts, stages, observe, solve)
+                self._advance(block, i, acts, stages, observe, solve, keep=self.plan.tune is None)
+            if self.plan.tune is not None and as_it_was is not None:
+                if solved:
+                    events.append(self._tune(block, i, acts, solved, as_it_was))
+                self._pass(block, i, acts)
         tensors = self.source.state(block, i, without=solved, dtype=DTYPES[self.plan.dtype])
         for local, q in solved.items():
             tensors |= self.layout.pack(names[local], q)
@@ -263,6 +269,32 @@ class Walk:
     def _call(self, block: nn.Module, i: int, x: Tensor) -> Tensor:
         out = block(x, **self.source.block_kwargs(x.shape[1])[i])
         return out[0] if isinstance(out, tuple) else out
+
+    def _tune(self, block: nn.Module, i: int, acts: Acts, solved: dict[str, Quantized], before: nn.Module) -> Event:
+        """Refine ``solved``, in place and in ``block``; ``acts`` are still the block's inputs, ``acts.original`` the
+        outputs of the original block.
+        """
+        assert self.plan.tune is not None and acts.original is not None
+        precision, how, n = PRECISIONS[self.plan.compute], self.plan.tune, self.source.n_blocks
+
+        def tell(step: int) -> None:
+            self.tell({"event": "tuning", "block": i, "blocks": n, "step": step, "steps": how.steps})
+
+        found, was, now = tune(
+            block,
+            lambda x: self._call(block, i, x),
+            solved,
+            {local: get_weight(before.get_submodule(local)) for local in solved},
+            Rows(acts.rows, acts.take, acts.original.take),
+            how,
+            Products(precision.differentiable, precision.sums.cross_, precision.observed),
+            self.plan.seed + i,
+            tell,
+        )
+        for local, q in found.items():
+            self._set(block.get_submodule(local), q)
+        solved |= found
+        return {"event": "tune", "block": i, "before": was, "after": now}
 
     @contextmanager
     def _precision(self) -> Iterator[None]:

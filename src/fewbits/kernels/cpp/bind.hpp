@@ -20,6 +20,7 @@ void bind_fixed(nanobind::module_ &m);
 void bind_few(nanobind::module_ &m);
 void bind_cluster(nanobind::module_ &m);
 void bind_sparse(nanobind::module_ &m);
+void bind_fake(nanobind::module_ &m);
 #if defined(FEWBITS_WITH_QLINEAR)
 void bind_qlinear(nanobind::module_ &m);  // defined in qlinear.cpp
 #endif

@@ -26,6 +26,7 @@ NB_MODULE(_C, m) {
     fewbits::bind_few(m);
     fewbits::bind_cluster(m);
     fewbits::bind_sparse(m);
+    fewbits::bind_fake(m);
 #if defined(FEWBITS_WITH_QLINEAR)
     fewbits::bind_qlinear(m);
 #endif

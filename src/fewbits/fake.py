@@ -1,9 +1,8 @@
 """A linear layer that is trained as its quantized self (LSQ, arXiv 1902.08153; straight-through gradients, 1308.3432).
 
 The forward pass uses the weight that codes and parameters will stand for, to the bit; the gradient passes rounding as
-if it were not there. On integer grids steps are learned too: with ``u = w / s``, ``v = clamp(round(u) + z, Qn, Qp)``,
-``w' = (v - z) s``, autograd through a rounding of gradient 1 gives LSQ's gradient of ``s``, and none for clipped
-weights. Other grids fit their parameters to the weight in every pass.
+if it were not there. On integer grids steps are learned too (:mod:`fewbits.kernels.fakequant`), and clipped weights get
+no gradient. Other grids keep the parameters that they are given; without any they are fitted in every pass.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewbits.grids import Grid, Int, spread
+from fewbits.grids import Grid, Int, Params
+from fewbits.kernels.fakequant import fake_affine
 from fewbits.model import get_weight
 from fewbits.tensor import Quantized
 
@@ -24,24 +24,22 @@ TERNARY = Int(2, 128, symmetric=True, narrow=True)
 
 
 class FakeLinear(nn.Module):
-    """Stands for nn.Linear and transformers' Conv1D; ``weight`` float32 ``[out, in]`` is the master copy.
+    """Stands for nn.Linear and transformers' Conv1D; ``weight`` float32 ``[out, in]`` is the master copy of ``w``.
 
-    On integer grids ``step`` float32 has the shape of the grid's scale, and ``zero``, an integer, stays as fitted.
+    On integer grids ``step`` float32 has the shape of the grid's scale; the other ``params`` stay as they are given.
     """
 
     zero: Tensor
 
-    def __init__(self, layer: nn.Module, grid: Any):
+    def __init__(self, w: Tensor, bias: Tensor | None, grid: Any, params: Params | None = None):
         super().__init__()
-        w = get_weight(layer).float().clone()
-        self.grid = grid
+        self.grid, self.params = grid, params
         self.out_features, self.in_features = w.shape
         self.weight = nn.Parameter(w)
-        bias: Any = layer.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
         self.step: nn.Parameter | None = None
         if isinstance(grid, Int):
-            p = start(w, grid)
+            p = start(w, grid) if params is None else params
             self.step = nn.Parameter(p["scale"].float())
             self.register_buffer("zero", grid.zero_points(p))
 
@@ -53,21 +51,28 @@ class FakeLinear(nn.Module):
         if self.step is None:
             return self.weight + (self.quantized().dense() - self.weight).detach()
         grid: Int = self.grid
-        s = self._spread(self._scale())
-        z = self._spread(self.zero)
-        v = (_round(self.weight / s) + z).clamp(grid.qmin, grid.qmax)
-        return (v - z) * s
+        scattered = (self.params or {}).get("g_idx")
+        group = grid.group if scattered is None else 1
+        s, z = (self._by_row(p, scattered) for p in (self._scale(), self.zero))
+        return fake_affine(self.weight, s, z, group, grid.qmin, grid.qmax)
 
     @torch.no_grad()
     def quantized(self) -> Quantized:
         """What :meth:`fake` stands for."""
         w, grid = self.weight.detach(), self.grid
-        if self.step is None:
-            p = grid.fit(w)
-        else:
-            p = {"scale": self._scale().to(grid.dtype)}
+        p = dict(self.params or {})
+        if self.step is not None:
+            p["scale"] = self._scale().to(grid.dtype)
             p |= {} if grid.symmetric else {"zero": self.zero.to(torch.uint8)}
+        elif not p:
+            p = grid.fit(w)
         return Quantized(grid, grid.encode(w, p), p)
+
+    def _by_row(self, p: Tensor, scattered: Tensor | None) -> Tensor:
+        """A parameter of the scale's shape, one value for each group of each row; for each weight if groups are
+        scattered."""
+        p = p if scattered is None else p.index_select(1, scattered.long())
+        return p if len(p) == self.out_features else p.repeat_interleave(self.out_features // len(p), 0)
 
     def _scale(self) -> Tensor:
         """The steps as they are stored, with LSQ's factor on the gradient: ``1 / sqrt(weights of a step * Qp)``."""
@@ -79,12 +84,8 @@ class FakeLinear(nn.Module):
         s = s.clamp(min=torch.finfo(grid.dtype).tiny)
         return s + (s.to(grid.dtype).float() - s).detach()
 
-    def _spread(self, p: Tensor) -> Tensor:
-        index = self.grid.index({"scale": p}, self.in_features)
-        return spread(p, index, self.out_features)
 
-
-def start(w: Tensor, grid: Int) -> dict[str, Tensor]:
+def start(w: Tensor, grid: Int) -> Params:
     """Parameters to begin with: for three levels the mean of ``|w|`` in a group, else those of the least error."""
     p = replace(grid, ratios=grid.search).fit(w)
     if grid.qmax - grid.qmin > 2:
@@ -105,11 +106,5 @@ def fake_linears(model: nn.Module) -> dict[str, FakeLinear]:
 def replace_linears(model: nn.Module, names: list[str], grid: Grid) -> None:
     """Put a FakeLinear in the place of each named layer."""
     for name in names:
-        parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        setattr(owner, leaf, FakeLinear(getattr(owner, leaf), grid))
-
-
-def _round(u: Tensor) -> Tensor:
-    """Nearest integers, with the gradient of ``u``."""
-    return u + (torch.round(u) - u).detach()
+        layer: Any = model.get_submodule(name)
+        model.set_submodule(name, FakeLinear(get_weight(layer).float().clone(), layer.bias, grid))

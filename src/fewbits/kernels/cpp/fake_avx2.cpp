@@ -1,0 +1,10 @@
+#include "fake_kernels.hpp"
+
+namespace fewbits {
+
+const FakeKernels &fake_avx2() {
+    static const FakeKernels kernels = {forward, backward};
+    return kernels;
+}
+
+}  // namespace fewbits

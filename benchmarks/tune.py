@@ -2,9 +2,9 @@
 
     python benchmarks/tune.py MODEL CALIBRATION.txt EVALUATION.txt WORKDIR --peer PEER_PYTHON [--only CELL ...]
 
-PEER_PYTHON is an interpreter with auto-round. Every cell has ``--samples`` rows (32) and ``--steps`` steps for each
-block (200), weights of 3 bits in groups of 128 or of 2 bits in groups of 64, affine. auto-round takes its own 8 rows a
-step. Cells that are in the results already are kept, so an interrupted run goes on, and several runs may share them.
+PEER_PYTHON is an interpreter with auto-round. Each cell has ``--samples`` rows (32) and ``--steps`` steps of 4 rows for
+each block (200), weights of 3 bits in groups of 128 or of 2 bits in groups of 64, affine. Cells that are in the results
+already are kept, so an interrupted run goes on, and several runs may share them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from quality import RESULTS, found, run
 from quantize_speed import run_json
 from safetensors.torch import save_file
 
+from fewbits import Tune
+
 SHAPES = {"3 bits, g128": ["--bits", "3", "--group-size", "128"], "2 bits, g64": ["--bits", "2", "--group-size", "64"]}
 TOOLS = ("rtn", "rtn, tuned", "gptq", "gptq, tuned", "auto-round")
 CELLS = {f"{tool}, {shape}": (tool, shape) for shape in SHAPES for tool in TOOLS}
@@ -34,7 +36,8 @@ def quantized(args: argparse.Namespace, cell: str, out: Path) -> dict[str, Any]:
         save_file({"ids": token_rows(args.model, args.calibration, args.samples, 512)}, rows)
         script = Path(__file__).resolve().parent / "peers" / "autoround_quantize.py"
         command = [args.peer, str(script), args.model, str(out), "--ids", str(rows), "--affine"]
-        return run_json([*command, "--iters", str(args.steps), *SHAPES[shape]], out.parent)
+        command += ["--iters", str(args.steps), "--batch", str(Tune.rows), *SHAPES[shape]]
+        return run_json(command, out.parent)
     options = [*SHAPES[shape], "--affine", "--method", tool.split(",")[0], "--format", "fewbits"]
     options += ["--calibration", str(args.calibration), "--samples", str(args.samples)]
     options += ["--tune-steps", str(args.steps)] if tool.endswith("tuned") else []

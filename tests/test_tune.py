@@ -112,6 +112,19 @@ def test_as_good_as_error_feedback_on_one_layer(grid: str, gained: float, correl
     assert better < 0.97 * feedback, errors
 
 
+def test_the_gradient_at_the_rounded_weight_alone_gains_nothing(monkeypatch) -> None:
+    """Why curvature is there: on numbers that are fixed, AutoRound's rule ends at random sides of cells."""
+    move = Layer.move
+    monkeypatch.setattr(Layer, "move", lambda self, pace, hold: move(self, pace, 0.0))
+    torch.manual_seed(0)
+    w = torch.randn(64, 128)
+    x = torch.randn(8, 128, 128) @ (torch.eye(128) + 0.6 * torch.randn(128, 128) / 128**0.5)
+    y, q, one = x @ w.T, Nearest()(w, NAMED_GRIDS["nf4"], None), One(w)
+    rows = Rows(8, lambda i: x[i], lambda i: y[i])
+    found, before, after = tune(one, one, {"up": q}, {"up": w}, rows, Tune(400, 4), PLAIN, 0)
+    assert after == before and found["up"] is q
+
+
 def test_curvature_is_the_diagonal_of_the_squared_derivative() -> None:
     """Of a layer in the middle, by autograd for each output of each token; one random sign for each in the mean."""
     block, rows = problem(8, 8, rows=16, tokens=64)

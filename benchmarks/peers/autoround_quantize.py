@@ -22,7 +22,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--affine", action="store_true")
     parser.add_argument("--iters", type=int, default=200)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8, help="rows a step")
     parser.add_argument("--layers", type=int, help="only that many blocks, to see how long one takes")
     parser.add_argument("--amp", action="store_true")
     return parser.parse_args()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fewbits import api
+from fewbits import Tune, api
 from fewbits.advise import machine, walk
 from fewbits.advise.machine import Law, Machine, Power
 from tests.tiny import tiny_model
@@ -68,3 +68,15 @@ def test_more_work_takes_longer(llama):
 
     few, many = (seconds(method="gptq", samples=n, seq_len=64) for n in (64, 512))
     assert seconds(method="rtn") < few < many
+
+
+def test_tuning_is_counted(llama):
+    """Both streams are held, and three products are made for each step where a pass makes one."""
+    plain, tuned = (model(llama, method="gptq", samples=16, seq_len=32, tune=t) for t in (False, Tune(1000, 8)))
+    assert tuned.acts == 2 * plain.acts
+    for each in (plain, tuned):
+        each.machine = Machine(1e9, 1e9, 1e9)
+    block = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96
+    more = tuned.seconds() - plain.seconds()
+    passes = 3 * 1000 * 8 * 32 + 4 * 16 * 32
+    assert more == pytest.approx(walk.BEYOND * 2 * passes * (2 * block + 4 * 32 * 64) / 1e9, rel=0.3)

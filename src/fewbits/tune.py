@@ -162,7 +162,6 @@ class Layer(FakeLinear):
     """
 
     def __init__(self, layer: nn.Module, q: Quantized, original: Tensor, products: Products):
-        self.q, self.products = q, products
         base = q.grid.decode(q.codes, q.params)
         residual = None if q.residual is None else q.residual.dense()
         target = original.float() if residual is None else original.float() - residual
@@ -171,7 +170,7 @@ class Layer(FakeLinear):
         if q.pruned:
             unit.masked_fill_(q.zeros(), 0)
         super().__init__(place(q, target, base, unit), bias, q.grid, q.params)
-        self.unit, self.residual = unit, residual
+        self.q, self.products, self.unit, self.residual = q, products, unit, residual
         self.curvature: Tensor | None = None
         self.first = None if self.step is None else self.step.detach().clone()
 

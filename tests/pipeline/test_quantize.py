@@ -33,6 +33,20 @@ def tree(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).iterdir())}
 
 
+class Stop(BaseException):
+    """A run is interrupted."""
+
+
+def stop_after(blocks):
+    """Interrupts a run when so many blocks are finished."""
+
+    def on_event(event):
+        if event["event"] == "block" and event["block"] + 1 == blocks:
+            raise Stop
+
+    return on_event
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return make("llama", tmp_path_factory.mktemp("llama"), num_hidden_layers=3)
@@ -171,16 +185,6 @@ def test_same_bytes_whatever_the_threads_and_the_memory(llama, tmp_path):
 def test_stopping_between_blocks_and_resuming_changes_no_byte(llama, tmp_path):
     api.quantize(llama, tmp_path / "whole", method="awq+gptq", format="fewbits", **SMALL)
 
-    class Stop(BaseException):
-        pass
-
-    def stop_after(blocks):
-        def on_event(event):
-            if event["event"] == "block" and event["block"] + 1 == blocks:
-                raise Stop
-
-        return on_event
-
     for blocks in (1, 2, 3):
         out = tmp_path / f"out{blocks}"
         with pytest.raises(Stop):
@@ -208,15 +212,8 @@ def test_products_of_bytes_are_the_same_after_resuming(llama, tmp_path, monkeypa
     assert len(calls) == 21  # one batch through every layer once
     out = tmp_path / "out"
 
-    class Stop(BaseException):
-        pass
-
-    def stop(event):
-        if event["event"] == "block" and event["block"] == 1:
-            raise Stop
-
     with pytest.raises(Stop):
-        api.quantize(llama, out, on_event=stop, **settings)
+        api.quantize(llama, out, on_event=stop_after(2), **settings)
     api.quantize(llama, out, resume=True, **settings)
     assert tree(out) == tree(tmp_path / "whole")
 

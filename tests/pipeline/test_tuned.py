@@ -12,7 +12,7 @@ import torch
 from fewbits import Tune, api
 from fewbits.errors import RequestError
 from fewbits.runtime import load
-from tests.pipeline.test_quantize import TEXT, make, tree
+from tests.pipeline.test_quantize import TEXT, Stop, make, stop_after, tree
 
 SMALL = {"samples": 16, "seq_len": 32, "compute": "fp32", "calibration": [TEXT], "format": "fewbits"}
 
@@ -84,15 +84,8 @@ def test_stopping_and_resuming_changes_no_byte(llama, tmp_path, method):
     settings = SMALL | {"method": method, "bits": 3, "group_size": 16, "tune": Tune(8, 8)}
     api.quantize(llama, tmp_path / "whole", **settings)
 
-    class Stop(BaseException):
-        pass
-
-    def stop(event):
-        if event["event"] == "block" and event["block"] == 1:
-            raise Stop
-
     with pytest.raises(Stop):
-        api.quantize(llama, tmp_path / "out", on_event=stop, **settings)
+        api.quantize(llama, tmp_path / "out", on_event=stop_after(2), **settings)
     api.quantize(llama, tmp_path / "out", resume=True, **settings)
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 

@@ -109,6 +109,12 @@ class Activations:
         return self.element in ("int8", "int4") and self.granularity != "block"
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """The least and the largest code."""
+        top = ELEMENTS[self.element].largest
+        return (-top if self.narrow or self.element not in ("int8", "int4") else -top - 1), top
+
+    @property
     def largest(self) -> float:
         """The value that the largest magnitude becomes, in units of the scale: 127, or 127.5 with the full range."""
         return ELEMENTS[self.element].largest + (0.0 if self.narrow or self.element not in ("int8", "int4") else 0.5)
@@ -186,10 +192,7 @@ class Inputs:
 
     def _round(self, a: Tensor) -> Tensor:
         codes = ELEMENTS[self.scheme.element].nearest(a)
-        if self.scheme.element not in ("int8", "int4"):
-            return codes
-        top = ELEMENTS[self.scheme.element].largest
-        return codes.clamp(-top if self.scheme.narrow else -top - 1, top)
+        return codes.clamp(*self.scheme.ends) if self.scheme.element in ("int8", "int4") else codes
 
     def _scale(self, a: Tensor) -> Tensor:
         s = self.scheme

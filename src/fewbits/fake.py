@@ -2,11 +2,13 @@
 
 The forward pass uses the weight that codes and parameters will stand for, to the bit; the gradient passes rounding as
 if it were not there. On integer grids steps are learned too (:mod:`fewbits.kernels.fakequant`), and clipped weights get
-no gradient. Other grids keep the parameters that they are given; without any they are fitted in every pass.
+no gradient. Other grids keep the parameters that they are given; without any they are fitted in every pass. Inputs are
+quantized in the same way where that is wanted (:func:`fake_inputs`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewbits.activations import Activations, Inputs
 from fewbits.grids import Grid, Int, Params
 from fewbits.kernels.fakequant import fake_affine
 from fewbits.model import get_weight
@@ -22,18 +25,23 @@ from fewbits.tensor import Quantized
 TERNARY = Int(2, 128, symmetric=True, narrow=True)
 """-1, 0 and 1 times a step (BitNet b1.58, arXiv 2402.17764)."""
 
+TINY = torch.finfo(torch.float32).tiny
+
 
 class FakeLinear(nn.Module):
     """Stands for nn.Linear and transformers' Conv1D; ``weight`` float32 ``[out, in]`` is the master copy of ``w``.
 
     On integer grids ``step`` float32 has the shape of the grid's scale; the other ``params`` stay as they are given.
+    ``inputs`` says what becomes of the layer's input, None: nothing. Its scale may be a parameter that layers share.
     """
 
     zero: Tensor
 
-    def __init__(self, w: Tensor, bias: Tensor | None, grid: Any, params: Params | None = None):
+    def __init__(
+        self, w: Tensor, bias: Tensor | None, grid: Any, params: Params | None = None, inputs: Inputs | None = None
+    ):
         super().__init__()
-        self.grid, self.params = grid, params
+        self.grid, self.params, self.inputs = grid, params, inputs
         self.out_features, self.in_features = w.shape
         self.weight = nn.Parameter(w)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone())
@@ -44,6 +52,7 @@ class FakeLinear(nn.Module):
             self.register_buffer("zero", grid.zero_points(p))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x if self.inputs is None else fake_inputs(x, self.inputs)
         return F.linear(x, self.fake().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def fake(self) -> Tensor:
@@ -66,7 +75,10 @@ class FakeLinear(nn.Module):
             p |= {} if grid.symmetric else {"zero": self.zero.to(torch.uint8)}
         elif not p:
             p = grid.fit(w)
-        return Quantized(grid, grid.encode(w, p), p)
+        inputs = self.inputs
+        if inputs is not None and inputs.scale is not None:
+            inputs = replace(inputs, scale=inputs.scale.detach().clamp(min=TINY))
+        return Quantized(grid, grid.encode(w, p), p, inputs=inputs)
 
     def _by_row(self, p: Tensor, scattered: Tensor | None) -> Tensor:
         """A parameter of the scale's shape, one value for each group of each row; for each weight if groups are
@@ -83,6 +95,26 @@ class FakeLinear(nn.Module):
         s = self.step * g + (self.step * (1 - g)).detach()
         s = s.clamp(min=torch.finfo(grid.dtype).tiny)
         return s + (s.to(grid.dtype).float() - s).detach()
+
+
+def fake_inputs(x: Tensor, inputs: Inputs) -> Tensor:
+    """``inputs(x)`` with gradients for ``x``, as if rounding were not there. A scale that :func:`learns` gets one too,
+    with LSQ's factor, and then what it clips gets none.
+    """
+    if inputs.scale is None or not learns(inputs.scheme):
+        return x + (inputs(x) - x).detach()
+    low, top = inputs.scheme.ends
+    scale = inputs.scale.clamp(min=TINY)
+    g = (x.shape[-1] * top) ** -0.5
+    s = scale * g + (scale * (1 - g)).detach()
+    codes, _ = replace(inputs, scale=s.detach()).encode(x.detach())
+    v = (x / s).clamp(low, top)
+    return ((v + (codes - v).detach()) * s).to(x.dtype)
+
+
+def learns(scheme: Activations) -> bool:
+    """Whether one static scale divides the whole tensor."""
+    return not scheme.dynamic and scheme.granularity == "tensor"
 
 
 def start(w: Tensor, grid: Int) -> Params:
@@ -103,8 +135,9 @@ def fake_linears(model: nn.Module) -> dict[str, FakeLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, FakeLinear)}
 
 
-def replace_linears(model: nn.Module, names: list[str], grid: Grid) -> None:
-    """Put a FakeLinear in the place of each named layer."""
+def replace_linears(model: nn.Module, names: list[str], grid: Grid, inputs: Mapping[str, Inputs]) -> None:
+    """Put a FakeLinear in the place of each named layer; those in ``inputs`` quantize what they read."""
     for name in names:
         layer: Any = model.get_submodule(name)
-        model.set_submodule(name, FakeLinear(get_weight(layer).float().clone(), layer.bias, grid))
+        made = FakeLinear(get_weight(layer).float().clone(), layer.bias, grid, inputs=inputs.get(name))
+        model.set_submodule(name, made)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewbits.fake import FakeLinear
+from fewbits.fake import FakeLinear, fake_inputs
 from fewbits.grids import Int, group_index, spread
 from fewbits.plan import Tune
 from fewbits.tensor import Quantized
@@ -169,14 +169,13 @@ class Layer(FakeLinear):
         unit = step_sizes(q, target)
         if q.pruned:
             unit.masked_fill_(q.zeros(), 0)
-        super().__init__(place(q, target, base, unit), bias, q.grid, q.params)
+        super().__init__(place(q, target, base, unit), bias, q.grid, q.params, q.inputs)
         self.q, self.products, self.unit, self.residual = q, products, unit, residual
         self.curvature: Tensor | None = None
         self.first = None if self.step is None else self.step.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.q.inputs is not None:
-            x = x + (self.q.inputs(x) - x).detach()
+        x = x if self.inputs is None else fake_inputs(x, self.inputs)
         w = self.fake() if self.residual is None else self.fake() + self.residual
         return Product.apply(x, w, self.bias, self.products)
 

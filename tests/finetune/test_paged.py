@@ -141,3 +141,22 @@ def test_resident_memory_stays_within_its_bound(bits: int, count: int) -> None:
     grown, states = map(int, run.stdout.split())
     assert states >= 3.9 * memory
     assert grown <= 1.1 * memory, f"{grown / 2**20:.1f} MiB for {memory / 2**20:.0f}"
+
+
+def test_on_a_gpu_pages_are_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbits.finetune import Training
+    from fewbits.finetune.train import optimizer_of
+
+    gpu, paged_8bit = torch.device("cuda"), Training(optimizer="paged-adamw-8bit", lr=3e-4)
+    assert optimizer_of(Training(), tmp_path, gpu)[0] is torch.optim.AdamW
+    with pytest.raises(RequestError, match="the driver moves them"):
+        optimizer_of(Training(optimizer="paged-adamw", optimizer_memory=1 << 30), tmp_path, gpu)
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "bitsandbytes", None)
+        with pytest.raises(RequestError, match="pip install bitsandbytes"):
+            optimizer_of(paged_8bit, tmp_path, gpu)
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    made, given = optimizer_of(paged_8bit, tmp_path, gpu)
+    assert made is bitsandbytes.optim.PagedAdamW8bit and given["lr"] == 3e-4
+    made([torch.nn.Parameter(torch.zeros(3))], **given)
+    assert optimizer_of(Training(optimizer="paged-adamw"), tmp_path, gpu)[0] is bitsandbytes.optim.PagedAdamW32bit

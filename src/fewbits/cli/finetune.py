@@ -43,6 +43,9 @@ def command(
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut examples that are longer than a row.")] = False,
     prompts: Annotated[bool, typer.Option("--prompts", help="Learn prompts too, not completions only.")] = False,
     group_size: Annotated[int | None, typer.Option(help="qat: columns that share a scale.")] = None,
+    activations: Annotated[
+        str | None, typer.Option(metavar="G", help="qat: quantize inputs too: int8, int8-static, fp8, nvfp4, ...")
+    ] = None,
     format: Annotated[str, typer.Option(help="qat: fewbits, compressed-tensors, gptq, ...")] = "fewbits",
     distill: Annotated[
         bool, typer.Option("--distill/--no-distill", help="qat: learn from the original model, or from the text.")
@@ -95,10 +98,13 @@ def command(
 
         fewbits finetune ./model ./int3 --method qat --grid int3 --data self --steps 300 --lr 2e-5
 
+        fewbits finetune ./model ./w4a8 --method qat --grid int4 --activations int8 --data wiki --steps 300 --lr 2e-5
+
         torchrun --nproc-per-node 2 -m fewbits finetune ./model ./tuned --data d.jsonl
 
     An interrupted run goes on with the same command and --resume.
     """
+    from fewbits.activations import preset
     from fewbits.finetune import Adapter, Qat, Rows, Training, finetune, ranks
     from fewbits.grids import NAMED_GRIDS
 
@@ -120,7 +126,7 @@ def command(
             adapter=adapter,
             rows=rows,
             training=training,
-            qat=Qat(group_size, format, distill),
+            qat=Qat(group_size, format, distill, None if activations is None else preset(activations)),
             dtype=dtype,
             resume=resume,
             overwrite=overwrite,

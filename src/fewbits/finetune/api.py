@@ -56,6 +56,10 @@ def finetune(
         base.require(package)
     if method not in METHODS:
         raise RequestError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
+    if method == "qat" and adapter not in (None, Adapter()):
+        raise RequestError("qat trains the weights themselves; options of adapters belong to qlora and lora")
+    if method != "qat" and qat not in (None, Qat()):
+        raise RequestError(f"{method} trains adapters; group size, format, distill and activations belong to qat")
     started = time.perf_counter()
     tell = on_event if on_event is not None and ranks.first() else lambda event: None
     run = _Run(str(source), Path(out), method, grid, dtype, tell)
@@ -148,8 +152,8 @@ class _Run:
             raise RequestError(f"--dtype {self.dtype}: qat computes in float32; drop it")
         teacher, tokenizer = load(self.source, dtype="float32")
         found = found or qat.generated(teacher, qat.count(training), rows.seq_len, training.seed)
-        model = qat.prepare(load(self.source, dtype="float32")[0], source, grid, what)
-        self._ready(model, rows, found)
+        self._ready(teacher, rows, found)
+        model = qat.prepare(load(self.source, dtype="float32")[0], source, grid, what, found)
         given = teacher.requires_grad_(False) if what.distill else None
         try:
             facts = train.train(model, found, training, self.out, _pad(tokenizer), self.resume, self.tell, given)

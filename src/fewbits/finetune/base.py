@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fewbits.activations import Activations
 from fewbits.errors import RequestError
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -109,12 +110,14 @@ class Training:
 @dataclass(frozen=True)
 class Qat:
     """Quantization-aware training: ``group_size`` columns share a scale (None: the grid's own), the ``format`` of the
-    checkpoint; ``distill`` makes the loss the distance from the original model.
+    checkpoint; ``distill`` makes the loss the distance from the original model. ``activations``: the inputs of the
+    layers are quantized too, in training and in the checkpoint; a static scale is learned.
     """
 
     group_size: int | None = None
     format: str = "fewbits"
     distill: bool = True
+    activations: Activations | None = None
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,27 @@
 """Quantization-aware training: a model is trained as its quantized self, then written as an ordinary checkpoint.
 
 The linear layers of the blocks are :class:`FakeLinear`, their norms are trained too, embeddings and head stay as they
-are. The loss is the distance from the original model (LLM-QAT, arXiv 2305.17888) or that of the text. What is written
-are the codes of the last forward pass: the checkpoint is the trained model.
+are. Inputs of the layers can be quantized too. The loss is the distance from the original model (LLM-QAT, arXiv
+2305.17888) or that of the text. What is written are the codes of the last forward pass: the checkpoint is the trained
+model.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbits import formats, storage
+from fewbits.activations import BINS, Activations, Inputs, histogram, static_scale
 from fewbits.errors import RequestError
-from fewbits.fake import TERNARY, fake_linears, replace_linears
+from fewbits.fake import TERNARY, fake_linears, learns, replace_linears
 from fewbits.finetune.base import Qat, Training
 from fewbits.finetune.data import Row
 from fewbits.finetune.model import NAMES
@@ -28,6 +32,9 @@ from fewbits.model import Source, is_linear
 GRIDS = ("ternary",)
 """Grids that only training makes usable, beside the named ones."""
 
+CALIBRATED = 8
+"""Rows from which static scales of inputs begin."""
+
 
 def grid_of(name: str, how: Qat) -> Any:
     """The grid of a name, with the group size that was asked for. Raises RequestError."""
@@ -35,8 +42,9 @@ def grid_of(name: str, how: Qat) -> Any:
     return grid if how.group_size is None else altered(grid, {"group": how.group_size}, "method 'qat'", name)
 
 
-def prepare(model: Any, source: Source, grid: Any, how: Qat) -> Any:
-    """Make the linear layers of the blocks of ``model`` (float32, dense) trainable on ``grid``.
+def prepare(model: Any, source: Source, grid: Any, how: Qat, rows: Sequence[Row]) -> Any:
+    """Make the linear layers of the blocks of ``model`` (float32, dense) trainable on ``grid``. Static scales of inputs
+    begin with what the first ``rows`` show.
 
     Raises Refused, RequestError before any work when the format cannot store the result.
     """
@@ -44,8 +52,9 @@ def prepare(model: Any, source: Source, grid: Any, how: Qat) -> Any:
     missing = [n for n in names if not is_linear(_module(model, n))]
     if missing:
         raise RequestError(f"{missing[0]} is no layer of its own in memory (stacked experts); qat needs a dense model")
-    formats.writer(how.format, _entries(source, grid), NAMES[torch.float32])
-    replace_linears(model, names, grid)
+    formats.writer(how.format, _entries(source, grid, how.activations), NAMES[torch.float32])
+    found = {} if how.activations is None else inputs(model, source, how.activations, rows)
+    replace_linears(model, names, grid, found)
     model.requires_grad_(False)
     blocks = [model.get_submodule(source.block_prefix(i)) for i in range(source.n_blocks)]
     for block in blocks:
@@ -54,9 +63,36 @@ def prepare(model: Any, source: Source, grid: Any, how: Qat) -> Any:
     return model
 
 
+@torch.no_grad()
+def inputs(model: Any, source: Source, scheme: Activations, rows: Sequence[Row]) -> dict[str, Inputs]:
+    """What becomes of the input of each layer. Static scales that can be learned are parameters of the block; layers
+    that read the same input share one, as servers that fuse them do.
+    """
+    groups = _readers(source)
+    if scheme.dynamic:
+        return {name: Inputs(scheme) for names in groups.values() for name in names}
+    seen = {place: _Magnitudes(scheme) for place in groups}
+    hooks = [
+        model.get_submodule(names[0]).register_forward_pre_hook(partial(_look, seen[place]))
+        for place, names in groups.items()
+    ]
+    for row in rows[:CALIBRATED]:
+        model(input_ids=row.ids[None], position_ids=row.positions[None], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    found: dict[str, Inputs] = {}
+    for (i, stage), names in groups.items():
+        scale = seen[i, stage].scale()
+        if learns(scheme):
+            scale = nn.Parameter(scale)
+            model.get_submodule(source.block_prefix(i)).register_parameter(f"input_scale_{stage}", scale)
+        found |= {name: Inputs(scheme, scale) for name in names}
+    return found
+
+
 def write(model: Any, source: Source, grid: Any, how: Qat, out: Path) -> dict[str, Any]:
     """The trained model as a checkpoint in ``out``, where other files may be already."""
-    entries = _entries(source, grid)
+    entries = _entries(source, grid, how.activations)
     layout = formats.writer(how.format, entries, NAMES[torch.float32])
     tensors: dict[str, Tensor] = {n: source.checkpoint.tensor(n).clone() for n in source.outside()}
     layers = fake_linears(model)
@@ -110,13 +146,45 @@ def _places(source: Source) -> dict[int, dict[str, str]]:
     return found
 
 
-def _entries(source: Source, grid: Any) -> list[Entry]:
+class _Magnitudes:
+    """How large the inputs of a layer become: what a static scale is chosen from."""
+
+    def __init__(self, scheme: Activations):
+        self.scheme, self.absmax = scheme, torch.zeros(1)
+        self.counts = torch.zeros(BINS, dtype=torch.int64) if "histogram" in scheme.needs else None
+
+    def add(self, x: Tensor) -> None:
+        self.absmax = torch.maximum(self.absmax, x.abs().amax())
+        if self.counts is not None:
+            self.counts += histogram(x)
+
+    def scale(self) -> Tensor:
+        return static_scale(self.scheme, self.absmax, self.counts)
+
+
+def _look(seen: _Magnitudes, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+    seen.add(given[0])
+
+
+def _readers(source: Source) -> dict[tuple[int, int], list[str]]:
+    """For each block and stage the layers that read the same input, by their names in memory."""
+    found = {}
+    for i in range(source.n_blocks):
+        block = source.skeleton(i)
+        linears = source.linears(block)
+        for stage, names in enumerate(source.stages(block)):
+            if here := [f"{source.block_prefix(i)}.{n}" for n in names if n in linears]:
+                found[i, stage] = here
+    return found
+
+
+def _entries(source: Source, grid: Any, scheme: Activations | None) -> list[Entry]:
     found = []
     for i in range(source.n_blocks):
         for local, module in source.linears(source.skeleton(i)).items():
             weight: Any = module.weight
             out, columns = weight.shape if isinstance(module, torch.nn.Linear) else tuple(reversed(weight.shape))
-            found.append(Entry(source.disk_name(i, local), (int(out), int(columns)), grid))
+            found.append(Entry(source.disk_name(i, local), (int(out), int(columns)), grid, activations=scheme))
     return found
 
 

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from fewbits.errors import FewbitsError
+from fewbits.errors import FewbitsError, RequestError
 from fewbits.finetune import ranks, replay
 from fewbits.finetune.base import OnEvent, Training
 from fewbits.finetune.data import Row, collate
@@ -169,7 +169,7 @@ def train(
         train_dataset=_Rows(rows),
         data_collator=partial(collate, pad=pad),
         callbacks=[watch],
-        optimizer_cls_and_kwargs=_optimizer(how, out),
+        optimizer_cls_and_kwargs=optimizer_of(how, out, next(p for p in model.parameters() if p.requires_grad).device),
     )
     trainer.remove_callback(transformers.PrinterCallback)
     first = collate(rows[:1], pad)
@@ -238,12 +238,26 @@ def _reporters() -> list[str]:
     return ["tensorboard"] if is_tensorboard_available() else []
 
 
-def _optimizer(how: Training, out: Path) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+def optimizer_of(how: Training, out: Path, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """Class and arguments of the optimizer for parameters on ``device``. Pages are a file's on a CPU; on a GPU they are
+    bitsandbytes' unified memory, which the driver moves. Raises RequestError when that is missing.
+    """
     common: dict[str, Any] = {"lr": how.lr, "betas": (0.9, 0.999), "eps": 1e-8}
     if how.optimizer == "adamw":
         return torch.optim.AdamW, common
     bits = 8 if how.optimizer.endswith("8bit") else 32
-    return PagedAdamW, common | {"bits": bits, "memory": how.optimizer_memory, "folder": out}
+    if device.type == "cpu":
+        return PagedAdamW, common | {"bits": bits, "memory": how.optimizer_memory, "folder": out}
+    if how.optimizer_memory is not None:
+        raise RequestError(f"--optimizer-memory bounds pages on disk; on {device.type} the driver moves them; drop it")
+    try:
+        from bitsandbytes import optim
+    except ImportError:
+        raise RequestError(
+            f"--optimizer {how.optimizer} on {device.type} needs bitsandbytes, which is not installed; "
+            "pip install bitsandbytes, or give --optimizer adamw"
+        ) from None
+    return (optim.PagedAdamW8bit if bits == 8 else optim.PagedAdamW32bit), common
 
 
 def _cut(log: Path, step: int) -> None:

@@ -269,5 +269,8 @@ def test_the_command(capsys, llama, tmp_path):
     dry = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert dry["size_bytes"] == found["size_bytes"] == sum(planned_sizes(llama, method="rtn", bits=4).values())
     assert not (tmp_path / "x").exists()
+    assert main(["plan", str(llama), *argv, "--tune-steps", "50", "--json"]) == 0
+    tuned = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert tuned["size_bytes"] == found["size_bytes"] and tuned["seconds"] > found["seconds"]
     assert main(["plan", str(llama), "--method", "rtn", "--group-size", "100"]) == 2
     assert "multiples of the group size" in capsys.readouterr().err

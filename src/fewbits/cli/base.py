@@ -22,6 +22,10 @@ Json = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback when something fails.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="One line per tensor.")]
+Tuned = Annotated[
+    bool, typer.Option("--tune", help="Learn rounding and steps per block after the method (AutoRound); slow.")
+]
+TuneSteps = Annotated[int | None, typer.Option(metavar="N", help="Steps of --tune for each block; default 200.")]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -79,6 +83,13 @@ def interrupted(argv: list[str]) -> str:
 def lower(value: str | None) -> str | None:
     """A callback of options that name methods and types: llama.cpp writes its own in capitals."""
     return None if value is None else value.lower()
+
+
+def tuned(wanted: bool, steps: int | None) -> Any:
+    """What ``--tune`` and ``--tune-steps`` ask for."""
+    from fewbits.plan import Tune
+
+    return wanted if steps is None else Tune(steps)
 
 
 def choice(value: str, allowed: Iterable[str], what: str) -> str:

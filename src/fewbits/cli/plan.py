@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbits.cli.base import Debug, Json, Verbose, console, emit, human, lower, number, size
+from fewbits.cli.base import Debug, Json, Tuned, TuneSteps, Verbose, console, emit, human, lower, number, size, tuned
 from fewbits.errors import RequestError
 
 
@@ -29,6 +29,8 @@ def command(
     samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
     recipe: Annotated[str | None, typer.Option(metavar="FILE", help="A plan in YAML instead of the flags.")] = None,
+    tune: Tuned = False,
+    tune_steps: TuneSteps = None,
     max_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="As for quantize.")] = None,
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="The device to run on: 24GiB.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of a sequence, for the KV cache.")] = 4096,
@@ -78,6 +80,7 @@ def command(
         "samples": samples,
         "seq_len": seq_len,
         "recipe": recipe,
+        "tune": tuned(tune, tune_steps),
         "max_memory": size(max_memory, "--max-memory"),
     }
     job: Any = quantize(source, Path("planned"), method=method, dry_run=True, **options)

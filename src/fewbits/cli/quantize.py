@@ -7,7 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbits.cli.base import Debug, Json, Verbose, choice, console, emit, human, lower, number, size, stderr
+from fewbits.cli.base import (
+    Debug,
+    Json,
+    Tuned,
+    TuneSteps,
+    Verbose,
+    choice,
+    console,
+    emit,
+    human,
+    lower,
+    number,
+    size,
+    stderr,
+    tuned,
+)
 from fewbits.cli.gate import Gate
 from fewbits.cli.log import Log
 from fewbits.cli.progress import Progress
@@ -49,12 +64,8 @@ def command(
     samples: Annotated[int, typer.Option(help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 512,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Learn rounding and steps per block after the method (AutoRound); slow.")
-    ] = False,
-    tune_steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Steps of --tune for each block; default 200.")
-    ] = None,
+    tune: Tuned = False,
+    tune_steps: TuneSteps = None,
     recipe: Annotated[
         str | None, typer.Option(metavar="FILE|PRESET", help="A plan in YAML instead of the flags.")
     ] = None,
@@ -139,13 +150,6 @@ def command(
     report(result, as_json)
     if gate:
         gate.require(result, out)
-
-
-def tuned(wanted: bool, steps: int | None) -> Any:
-    """What `--tune` and `--tune-steps` ask for."""
-    from fewbits.plan import Tune
-
-    return wanted if steps is None else Tune(steps)
 
 
 def known(method: str, format: str | None, grid: str | None = None) -> None:

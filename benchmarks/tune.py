@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py MODEL CALIBRATION.txt EVALUATION.txt WORKDIR --peer PEER_PYTHON [--only CELL ...]
 
-PEER_PYTHON is an interpreter with auto-round. Each cell has ``--samples`` rows (32) and ``--steps`` steps of 4 rows for
+PEER_PYTHON is an interpreter with auto-round. Each cell has ``--samples`` rows (32) and ``--steps`` steps of 2 rows for
 each block (200), weights of 3 bits in groups of 128 or of 2 bits in groups of 64, affine. Cells that are in the results
 already are kept, so an interrupted run goes on, and several runs may share them.
 """

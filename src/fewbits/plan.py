@@ -100,7 +100,7 @@ class Tune:
     """
 
     steps: int = 200
-    rows: int = 4
+    rows: int = 2
     reach: float = 0.5
 
     def __post_init__(self) -> None:

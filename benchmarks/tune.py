@@ -4,7 +4,8 @@
 
 PEER_PYTHON is an interpreter with auto-round. Each cell has ``--samples`` rows (32) and ``--steps`` steps of 2 rows for
 each block (200), weights of 3 bits in groups of 128 or of 2 bits in groups of 64, affine. Cells that are in the results
-already are kept, so an interrupted run goes on, and several runs may share them.
+already are kept, and a cell of ours goes on after its last block (``resumed``: its seconds are those of the rest), so
+an interrupted run goes on, and several runs may share them.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def quantized(args: argparse.Namespace, cell: str, out: Path) -> dict[str, Any]:
     options = [*SHAPES[shape], "--affine", "--method", tool.split(",")[0], "--format", "fewbits"]
     options += ["--calibration", str(args.calibration), "--samples", str(args.samples)]
     options += ["--tune-steps", str(args.steps)] if tool.endswith("tuned") else []
-    return run("quantize", args.model, str(out), *options)
+    begun = out.with_name(f"{out.name}.partial").exists()
+    return run("quantize", args.model, str(out), *options, *(["--resume"] if begun else [])) | {"resumed": begun}
 
 
 def main() -> None:
@@ -65,7 +67,7 @@ def main() -> None:
         shutil.rmtree(out, ignore_errors=True)
         made = quantized(args, cell, out)
         scored = run("eval", str(out), "--text", args.evaluation, "--windows", args.windows, "--reference", args.model)
-        facts = {k: made.get(k) for k in ("version", "bits_per_weight", "seconds", "peak_rss_bytes")}
+        facts = {k: made.get(k) for k in ("version", "bits_per_weight", "seconds", "peak_rss_bytes", "resumed")}
         facts |= {k: scored[k] for k in KEPT} | {"samples": args.samples, "steps": args.steps}
         cells = found(file) | {cell: facts}
         file.write_text(json.dumps({c: cells[c] for c in CELLS if c in cells}, indent=1) + "\n")

@@ -127,7 +127,7 @@ def gate(found: dict[str, Any], max_kl: float | None) -> None:
     limit = SHARE * untuned if max_kl is None else max_kl
     found["max_kl"] = limit
     if not after <= limit:
-        reason = f"--max-kl {limit:g}" if max_kl is not None else f"half of what tuning changed ({untuned:.4f})"
+        reason = f"--max-kl {limit:g}" if max_kl is not None else f"{limit:.4f}, half of what tuning changed"
         raise QualityError(
             f"KL of the merged model from the tuned one is {after:.4f}, above {reason}; nothing was written: take "
             "another --method, more --bits or a smaller --group-size, keep the adapter apart, or set --max-kl"

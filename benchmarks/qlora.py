@@ -1,11 +1,12 @@
 """QLoRA: ours beside peft + bitsandbytes on this machine: losses, step time, peak memory, perplexity of held-out text.
 
     python benchmarks/qlora.py MODEL DATA WORKDIR --peer PEER_PYTHON [--steps 5] [--batch 4] [--seq-len 512]
-        [--arms ours peer lora] [--held-out 0.05] [--json FILE]
+        [--arms ours peer lora gptq] [--held-out 0.05] [--json FILE]
 
 MODEL is dense, DATA a text, of which the last ``--held-out`` is not trained on. Arms ``ours`` and ``peer`` round MODEL
-to NF4 with double quantization; ``lora`` is peft's LoRA on the unquantized model. All start from the same adapters
-(same seed) and see the same rows in the same order, in float32. PEER_PYTHON is an interpreter with bitsandbytes, peft
+to NF4 with double quantization, ``gptq`` is ``ours`` with ``--base-method gptq``: codes of the same format that learned
+from the training data; ``lora`` is peft's LoRA on the unquantized model. All start from the same adapters (same seed)
+and see the same rows in the same order, in float32. PEER_PYTHON is an interpreter with bitsandbytes, peft
 and transformers. Each arm is a process of its own, one after the other; peak memory is that of the whole process,
 loading included. On a busy machine compare the processor's seconds with one thread.
 
@@ -36,14 +37,16 @@ from fewbits.finetune.model import tokenizer_of
 from fewbits.storage import save
 
 HERE = Path(__file__).resolve().parent
-ARMS = ("ours", "peer", "lora")
+ARMS = ("ours", "peer", "lora", "gptq")
+OURS = {"ours": "rtn", "gptq": "gptq"}
+"""Arms that are runs of ours: how their base is rounded."""
 SAVE_STEPS = 10
 
 
 def same_run(args: argparse.Namespace) -> None:
     """What is in WORKDIR must be of the run that is asked for."""
     file = args.work / "request.json"
-    free = ("work", "peer", "arms", "json", "only_ours")
+    free = ("work", "peer", "arms", "json", "only")
     asked = {k: str(v) for k, v in vars(args).items() if k not in free}
     if file.exists() and (before := json.loads(file.read_text())) != asked:
         changed = ", ".join(f"{k} was {before.get(k)}, now {v}" for k, v in asked.items() if before.get(k) != v)
@@ -62,17 +65,17 @@ def texts(args: argparse.Namespace) -> tuple[Path, Path]:
     return files
 
 
-def ours(args: argparse.Namespace) -> dict[str, Any]:
+def ours(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """One run of ours, in this process."""
-    out = args.work / "ours"
+    out = args.work / name
     training = Training(
         steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed, checkpointing=args.checkpointing,
         save_steps=SAVE_STEPS, keep_products=args.keep_products,
     )  # fmt: skip
     adapter, rows = Adapter(r=args.r, alpha=args.r, dropout=0.0), Rows(args.seq_len)
     finetune(
-        args.model, out, texts(args)[0], training=training, adapter=adapter, rows=rows, dtype="float32",
-        resume=(out / "finetune.json").exists(),
+        args.model, out, texts(args)[0], base_method=OURS[name], training=training, adapter=adapter, rows=rows,
+        dtype="float32", resume=(out / "finetune.json").exists(),
     )  # fmt: skip
     return {"tool": "fewbits", "threads": torch.get_num_threads()} | summary(out / "log.jsonl")
 
@@ -108,7 +111,7 @@ def summary(log: Path) -> dict[str, Any]:
 
 def perplexity(args: argparse.Namespace, arm: str | None) -> float:
     """Of the held-out rows; None is the dense model without an adapter."""
-    base = args.model if arm in (None, "lora") else str(args.work / "ours" / "base")
+    base = args.model if arm in (None, "lora") else str(args.work / ("gptq" if arm == "gptq" else "ours") / "base")
     model, tokenizer = fewbits.load(base, dtype=torch.float32)
     if arm is not None:
         model = load_adapter(model, args.work / arm)
@@ -136,7 +139,8 @@ def compared(found: dict[str, Any]) -> dict[str, Any]:
         pairs = zip(mine["losses"], theirs["losses"], strict=True)
         found["ratio"] |= {"loss": max(abs(a / b - 1) for a, b in pairs)}
     if "lora" in found:
-        found["held_out_over_lora"] = mine["held_out_perplexity"] / found["lora"]["held_out_perplexity"]
+        dense = found["lora"]["held_out_perplexity"]
+        found["held_out_over_lora"] = {arm: found[arm]["held_out_perplexity"] / dense for arm in OURS if arm in found}
     return found
 
 
@@ -157,18 +161,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--keep-products", action=argparse.BooleanOptionalAction, help="ours: see fewbits finetune")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--only-ours", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=OURS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not args.peer:
-        args.arms = [arm for arm in args.arms if arm == "ours"]
+        args.arms = [arm for arm in args.arms if arm in OURS]
     return args
 
 
 def main() -> None:
     args = arguments()
     args.work.mkdir(parents=True, exist_ok=True)
-    if args.only_ours:
-        print("\n" + json.dumps(ours(args)))
+    if args.only:
+        print("\n" + json.dumps(ours(args, args.only)))
         return
     same_run(args)
     for arm in args.arms:
@@ -176,8 +180,8 @@ def main() -> None:
         if file.exists():
             continue
         # In a process of its own, so that its peak memory is its own.
-        mine = [sys.executable, __file__, *sys.argv[1:], "--only-ours"]
-        file.write_text(json.dumps(last_line(mine) if arm == "ours" else peers(args, arm)))
+        mine = [sys.executable, __file__, *sys.argv[1:], "--only", arm]
+        file.write_text(json.dumps(last_line(mine) if arm in OURS else peers(args, arm)))
     done = {arm: json.loads(f.read_text()) for arm in ARMS if (f := args.work / f"{arm}.json").exists()}
     for arm, facts in done.items():
         if arm != "peer" or "ours" in done:  # whose base it needs

@@ -25,9 +25,9 @@ IDS = torch.arange(3, 35).view(2, 16)
 ROWS, FEW = Rows(48), Training(steps=6, batch=2, lr=5e-3, save_steps=2)
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS).logits.float()
+        return model(input_ids=ids).logits.float()
 
 
 def log(out: Path) -> list[float]:
@@ -108,6 +108,33 @@ def test_other_bases(method: str, dense: Path, examples: Path, tmp_path: Path) -
     result = finetune(dense, tmp_path / "out", examples, method=method, grid="int4", rows=ROWS, training=training)
     assert (tmp_path / "out" / "base").exists() == (method == "qlora")
     assert result.steps == 2
+
+
+def test_a_base_that_learned_from_the_training_data_is_nearer_to_the_model(
+    dense: Path, examples: Path, tmp_path: Path
+) -> None:
+    training, text = Training(steps=1, batch=2, checkpointing=False), tmp_path / "text.txt"
+    text.write_text("\n".join(json.loads(x)["prompt"] for x in examples.read_text().splitlines()) * 8)
+    lost = {}
+    ids = torch.tensor(load(dense)[1](text.read_text(), add_special_tokens=False)["input_ids"][: 8 * 48]).view(8, 48)
+    wanted = logits(load(dense, dtype=torch.float32)[0], ids)
+    for method in ("rtn", "gptq"):
+        out = tmp_path / method
+        finetune(dense, out, text, base_method=method, rows=ROWS, training=training)
+        config = json.loads((out / "base" / "config.json").read_text())
+        assert config["quantization_config"]["quant_method"] == "bitsandbytes"
+        lost[method] = float((logits(load(out / "base", dtype=torch.float32)[0], ids) - wanted).square().mean())
+    assert lost["gptq"] < 0.8 * lost["rtn"], lost
+
+
+def test_rows_of_a_base_come_from_all_of_the_data() -> None:
+    from fewbits.finetune.data import Row
+    from fewbits.finetune.model import cut
+
+    rows = [Row(torch.arange(n) + 1000 * i, torch.zeros(n), torch.zeros(n)) for i, n in enumerate([5, 4] * 200)]
+    ids = cut(rows)
+    assert ids.shape == (128, 5) and ids[0].tolist() == [0, 1, 2, 3, 4] and int(ids[-1, 0]) // 1000 == 398
+    assert cut(rows[:1]).shape == (1, 5)
 
 
 KILL = """
@@ -213,6 +240,8 @@ def test_the_command(dense: Path, examples: Path, tmp_path: Path, capsys: pytest
         (["--grid", "nf5"], "did you mean 'nf4'"),
         (["--method", "full"], "allowed: qlora, lora"),
         (["--r", "0"], "--r 0 is not a rank"),
+        (["--base-method", "awq"], "moves scales between layers"),
+        (["--base-method", "gptq", "--method", "lora"], "lora has none of few bits"),
         (["--optimizer", "sgd"], "allowed: adamw, paged-adamw"),
         (["--optimizer-memory", "1GB"], "give --optimizer paged-adamw"),
         (["--targets", "query"], "allowed: all-linear, down_proj"),

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fewbits.cli.base import Debug, Json, choice, console, emit, human, size, stderr
+from fewbits.cli.base import Debug, Json, choice, console, emit, human, lower, size, stderr
 from fewbits.cli.progress import Progress
 
 
@@ -27,6 +27,9 @@ def command(
     grid: Annotated[
         str, typer.Option(help="Numbers of the base, or of qat: nf4-dq, int4 ...; for qat also ternary.")
     ] = "nf4-dq",
+    base_method: Annotated[
+        str, typer.Option(callback=lower, help="qlora: how the base is rounded: rtn, or gptq, calibrated on FILE.")
+    ] = "rtn",
     r: Annotated[int, typer.Option("--r", "--rank", help="Rank of the adapters.")] = 16,
     alpha: Annotated[float, typer.Option(help="Adapters are scaled by alpha / r.")] = 16,
     dropout: Annotated[float, typer.Option(help="Share of the adapters' inputs left out.")] = 0.05,
@@ -123,6 +126,7 @@ def command(
             data,
             method=method,
             grid=grid,
+            base_method=base_method,
             adapter=adapter,
             rows=rows,
             training=training,

@@ -28,6 +28,7 @@ def finetune(
     *,
     method: str = "qlora",
     grid: str = "nf4-dq",
+    base_method: str = "rtn",
     adapter: Adapter | None = None,
     rows: Rows | None = None,
     training: Training | None = None,
@@ -40,11 +41,12 @@ def finetune(
     """Train on few bits; the result is in directory ``out``.
 
     ``source`` is a transformers directory, a hub id or a GGUF file. "qlora" (arXiv 2305.14314) trains adapters, saved
-    in peft's format, beside a frozen base: a dense model is rounded to ``grid`` first, into ``out/base``, an already
-    quantized checkpoint is taken as it is; "lora" keeps a dense base dense. "qat" trains all weights of the linear
-    layers as their quantized selves on ``grid`` and writes a checkpoint as ``qat`` says. ``data`` is a .jsonl, .parquet
-    or text file, the name of a fetched text, or a data set of the hub as "hub:OWNER/NAME[@CONFIG][:SPLIT]"; for "qat"
-    also "self", text that the model makes. ``dtype`` is what is computed in.
+    in peft's format, beside a frozen base: a dense model is rounded to ``grid`` first, into ``out/base``, to nearest or
+    as ``base_method`` says ("gptq" learns from the training data); a quantized checkpoint is taken as it is. "lora"
+    keeps a dense base dense. "qat" trains all weights of the linear layers as their quantized selves on ``grid`` and
+    writes a checkpoint as ``qat`` says. ``data`` is a .jsonl, .parquet or text file, the name of a fetched text, or a
+    data set of the hub as "hub:OWNER/NAME[@CONFIG][:SPLIT]"; for "qat" also "self", text that the model makes.
+    ``dtype`` is what is computed in.
 
     ``out`` also gets ``log.jsonl`` (a line per step) and ``checkpoints``; ``resume`` goes on from the last whole one.
     Raises RequestError for requests and data that are wrong, FewbitsError, naming the step, for a loss that is not
@@ -56,13 +58,15 @@ def finetune(
         base.require(package)
     if method not in METHODS:
         raise RequestError(f"method {method!r} is unknown; allowed: {', '.join(METHODS)}")
+    if method != "qlora" and base_method != "rtn":
+        raise RequestError(f"--base-method {base_method} rounds the base of qlora; {method} has none of few bits")
     if method == "qat" and adapter not in (None, Adapter()):
         raise RequestError("qat trains the weights themselves; options of adapters belong to qlora and lora")
     if method != "qat" and qat not in (None, Qat()):
         raise RequestError(f"{method} trains adapters; group size, format, distill and activations belong to qat")
     started = time.perf_counter()
     tell = on_event if on_event is not None and ranks.first() else lambda event: None
-    run = _Run(str(source), Path(out), method, grid, dtype, tell)
+    run = _Run(str(source), Path(out), method, grid, base_method, dtype, tell)
     how = (adapter or Adapter(), rows or Rows(), training or Training(), qat or Qat())
     facts = run.carry_out(data, how, resume, overwrite)
     return Result(
@@ -76,6 +80,7 @@ class _Run:
     out: Path
     method: str
     grid: str
+    base_method: str
     dtype: str | None
     tell: OnEvent
     resume: bool = False
@@ -90,6 +95,7 @@ class _Run:
         request: dict[str, Any] = {"source": _place(self.source), "data": str(data), "method": self.method}
         request |= {"grid": self.grid, "dtype": self.dtype, "rows": asdict(rows), "training": asdict(training)}
         request |= {"qat": asdict(qat)} if self.method == "qat" else {"adapter": asdict(adapter)}
+        request |= {"base_method": self.base_method} if self.method == "qlora" else {}
         request = json.loads(json.dumps(request))
         self.resume = ranks.of_first(ranks.first() and _check(self.out, request, resume, overwrite))
         own = self.method == "qat" and str(data) == SELF
@@ -117,7 +123,9 @@ class _Run:
         adapter, rows, training = how
         if not ranks.first():
             ranks.wait()
-        path = bases.prepare(self.source, self.out, self.method, self.grid, self.tell)
+        path = self.source
+        if self.method == "qlora":
+            path = bases.prepare(path, self.out, self.base_method, self.grid, found, self.tell)
         if ranks.first():
             ranks.wait()
         residual = adapter.init == "residual"

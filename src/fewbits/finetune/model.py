@@ -2,52 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fewbits import methods
 from fewbits.errors import RequestError
 from fewbits.finetune.base import OnEvent
+from fewbits.finetune.data import Row
 from fewbits.grids import Table
 from fewbits.kernels import multiplies_bf16
 from fewbits.model import Source, locate
 from fewbits.pipeline.job import Job
+from fewbits.pipeline.precision import default_compute
 from fewbits.plan import Calibration
 from fewbits.runtime import QuantLinear, load
 from fewbits.runtime.loading import gguf_file
 
 BASE = "base"
+CALIBRATED = 128
+"""Rows of the training data from which the codes of a base are chosen, where its method reads any."""
 NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
 
 
-def prepare(source: str, out: Path, method: str, grid: str, tell: OnEvent) -> str:
-    """The checkpoint to train on: ``source`` itself where it is quantized already or ``method`` wants it dense, else
-    ``out/base``, rounded to nearest on ``grid``. What was made by an earlier, interrupted run is used again.
+def prepare(source: str, out: Path, method: str, grid: str, rows: Sequence[Row], tell: OnEvent) -> str:
+    """The checkpoint to train on: ``source`` itself where it is quantized already, else ``out/base``, by a quantization
+    ``method`` on ``grid``, calibrated on the ``rows`` if it reads any. What was made by an earlier, interrupted run is
+    used again. Raises RequestError for a method that moves scales between layers.
     """
-    if method == "lora" or gguf_file(source) is not None or _quantized(source):
+    if gguf_file(source) is not None or _quantized(source):
+        if method != "rtn":
+            raise RequestError(f"--base-method {method} rounds a dense model, and {source} is quantized; drop it")
         return source
     made = out / BASE
     if (made / "config.json").is_file():
         return str(made)
     chosen = methods.named(grid)
     opened = Source.open(source)
+    ids = cut(rows)
     plan = methods.plan(
-        "rtn",
+        method,
         None,
         None,
         None,
         grid,
         format="bitsandbytes" if isinstance(chosen, Table) else "fewbits",
-        calibration=Calibration(),
-        compute="fp32",
+        calibration=Calibration("the training data", *ids.shape),
+        compute=default_compute(),
         dtype=NAMES.get(opened.dtype, "float32"),
     )
+    if plan.transforms:
+        raise RequestError(
+            f"--base-method {method} moves scales between layers, and adapters would not fit the original model; give "
+            "rtn or gptq, or quantize first and train on the result"
+        )
     plan = replace(plan.with_scales(plan.dtype), seed=0)
-    Job.check(opened, plan, rows=None, held_out=None, emit=tell).run(made)
+    Job.check(opened, plan, rows=ids if plan.needs else None, held_out=None, emit=tell).run(made)
     return str(made)
+
+
+def cut(rows: Sequence[Row]) -> Tensor:
+    """What is trained on as at most ``CALIBRATED`` rows of the longest row's length, from everywhere in it: int64
+    ``[rows, tokens]``.
+    """
+    ids, length = torch.cat([r.ids for r in rows]), max(len(r.ids) for r in rows)
+    whole = ids[: len(ids) // length * length].view(-1, length)
+    chosen = torch.linspace(0, len(whole) - 1, min(CALIBRATED, len(whole))).round().long()
+    return whole[chosen]
 
 
 def open_base(path: str, method: str, dtype: str | None) -> tuple[Any, Any]:

@@ -26,6 +26,18 @@ def test_no_matrix_of_that_rank_is_nearer(shape: tuple[int, int], r: int) -> Non
     torch.testing.assert_close(A @ A.T, B.T @ B, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_no_matrix_of_that_rank_gives_a_nearer_output(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    R, x = torch.randn(shape).double(), torch.randn(500, shape[1]).double() @ torch.randn(shape[1], shape[1]).double()
+    A, B = low_rank(R, 5, torch.linalg.cholesky(x.T @ x))
+    least = torch.linalg.svdvals(x @ R.T)[5:].square().sum()
+    torch.testing.assert_close((x @ (R - B @ A).T).square().sum(), least, rtol=1e-9, atol=0)
+    torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))
+    plain = low_rank(R, 5)
+    assert (x @ (R - plain[1] @ plain[0]).T).square().sum() > 1.2 * least
+
+
 def test_beyond_the_rank_is_nothing() -> None:
     R = torch.outer(torch.arange(4.0), torch.ones(3)).double()
     A, B = low_rank(R, 6)

@@ -139,8 +139,8 @@ class _Run:
         # An adapter that begins as the residual means nothing beside the original.
         tuned = adapters.attach(model, adapter, _place(path if residual else self.source), training.seed)
         if residual:
-            share = fill(tuned, Source.open(self.source))
-            self.tell({"event": "note", "message": f"adapters begin with {share:.1%} of what rounding lost"})
+            share = fill(tuned, Source.open(self.source), found)
+            self.tell({"event": "note", "message": f"adapters begin by taking back {share:.1%} of what rounding lost"})
         try:
             facts = train.train(tuned, found, training, self.out, _pad(tokenizer), self.resume, self.tell)
         except train.Diverged as e:

@@ -23,7 +23,8 @@ class Adapter:
     r]``; ``scale`` is ``alpha / r``, with ``rslora`` ``alpha / sqrt(r)``; ``dora`` learns the norm of every row too.
 
     ``targets`` are last names of layers, or ``all-linear``: every linear layer but the output head. ``init`` is what
-    ``B A`` is at first: "zero", or "residual", the best part of that rank of what rounding the base lost (LoftQ).
+    ``B A`` is at first: "zero", or "residual", the best part of that rank of what rounding the base lost of the layers'
+    outputs on the training data (LoftQ, QERA).
     """
 
     r: int = 16

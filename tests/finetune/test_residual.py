@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fewbits
 from fewbits.errors import RequestError
@@ -72,6 +73,21 @@ def test_a_run_starts_nearer_to_the_original(dense: Path, examples: Path, tmp_pa
     want, base = logits(fewbits.load(dense)[0]), logits(fewbits.load(out / "base")[0])
     began = logits(load_adapter(fewbits.load(out / "base")[0], out))
     assert (began - want).norm() < 0.8 * (base - want).norm()
+
+
+def test_gathering_in_several_passes_changes_nothing(
+    dense: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fewbits.finetune import residual
+
+    found = []
+    for at_once in (residual.AT_ONCE, 1):
+        monkeypatch.setattr(residual, "AT_ONCE", at_once)
+        out = tmp_path / str(at_once)
+        adapter, training = Adapter(r=4, dropout=0.5, init="residual"), Training(steps=1, lr=1e-12)
+        finetune(dense, out, examples, grid="nf4", adapter=adapter, rows=Rows(64), training=training)
+        found.append(load_file(out / "adapter_model.safetensors"))
+    assert all(torch.allclose(t, found[1][name], atol=1e-6) for name, t in found[0].items())
 
 
 def test_what_it_cannot_begin_from(dense: Path, examples: Path, tmp_path: Path) -> None:

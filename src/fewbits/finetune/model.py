@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewbits import methods
 from fewbits.errors import RequestError
@@ -83,6 +83,18 @@ def open_base(path: str, method: str, dtype: str | None) -> tuple[Any, Any]:
             f"{path} has no quantized layer that qlora could keep; give its original model, or --method lora"
         )
     return model, tokenizer
+
+
+@torch.no_grad()
+def observe(model: Any, watched: Mapping[nn.Module, Callable[[Tensor], None]], rows: Sequence[Row]) -> None:
+    """Send ``rows`` through ``model``, one at a time; each watched layer's input ``[1, tokens, in]`` is told."""
+    hooks = [m.register_forward_pre_hook(lambda _, given, tell=tell: tell(given[0])) for m, tell in watched.items()]
+    try:
+        for row in rows:
+            model(input_ids=row.ids[None], position_ids=row.positions[None], use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def tokenizer_of(source: str) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from fewbits.errors import RequestError
 from fewbits.fake import TERNARY, fake_linears, learns, replace_linears
 from fewbits.finetune.base import Qat, Training
 from fewbits.finetune.data import Row
-from fewbits.finetune.model import NAMES
+from fewbits.finetune.model import NAMES, observe
 from fewbits.formats import Entry
 from fewbits.methods import altered, named
 from fewbits.model import Source, is_linear
@@ -63,7 +62,6 @@ def prepare(model: Any, source: Source, grid: Any, how: Qat, rows: Sequence[Row]
     return model
 
 
-@torch.no_grad()
 def inputs(model: Any, source: Source, scheme: Activations, rows: Sequence[Row]) -> dict[str, Inputs]:
     """What becomes of the input of each layer. Static scales that can be learned are parameters of the block; layers
     that read the same input share one, as servers that fuse them do.
@@ -72,14 +70,8 @@ def inputs(model: Any, source: Source, scheme: Activations, rows: Sequence[Row])
     if scheme.dynamic:
         return {name: Inputs(scheme) for names in groups.values() for name in names}
     seen = {place: _Magnitudes(scheme) for place in groups}
-    hooks = [
-        model.get_submodule(names[0]).register_forward_pre_hook(partial(_look, seen[place]))
-        for place, names in groups.items()
-    ]
-    for row in rows[:CALIBRATED]:
-        model(input_ids=row.ids[None], position_ids=row.positions[None], use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    watched = {model.get_submodule(names[0]): seen[place].add for place, names in groups.items()}
+    observe(model, watched, rows[:CALIBRATED])
     found: dict[str, Inputs] = {}
     for (i, stage), names in groups.items():
         scale = seen[i, stage].scale()
@@ -160,10 +152,6 @@ class _Magnitudes:
 
     def scale(self) -> Tensor:
         return static_scale(self.scheme, self.absmax, self.counts)
-
-
-def _look(seen: _Magnitudes, module: nn.Module, given: tuple[Tensor, ...]) -> None:
-    seen.add(given[0])
 
 
 def _readers(source: Source) -> dict[tuple[int, int], list[str]]:

@@ -1,14 +1,15 @@
 """Adapters that begin as the best low-rank part of what rounding lost (LoftQ, arXiv 2310.08659, with one alternation).
 
 Best for the layer's *output* on the training data: with ``G`` the gram matrix of the inputs and ``R = W - Ŵ``, ``B A``
-minimises ``tr(E G Eᵀ)``, ``E = R - B A``, at its rank (QERA, arXiv 2410.06040, theorem 1). It is ``U Uᵀ R``, ``U`` the
+minimises ``tr(E G Eᵀ)``, ``E = R - B A``, at its rank (QERA, arXiv 2410.06040). It is ``U Uᵀ R``, ``U`` the
 first left singular vectors of ``R C``, ``C Cᵀ = G``. Training starts closer to the original model than the base is; the
 adapter belongs to that base and to no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from fewbits.finetune.adapter import QuantLora
 from fewbits.finetune.data import Row
+from fewbits.finetune.model import observe
 from fewbits.model import Source, get_weight
 
 OBSERVED = 64
 """Rows of the training data whose inputs are weighed."""
 AT_ONCE = 1 << 30
-"""Bytes of gram matrices that one pass over the rows gathers."""
+"""Bytes of gram matrices after which another pass over the rows begins."""
 DAMP = 1e-6
 """Share of the mean diagonal that is added to a gram matrix."""
 
@@ -29,25 +31,23 @@ DAMP = 1e-6
 @torch.no_grad()
 def fill(tuned: Any, source: Source, rows: Sequence[Row]) -> float:
     """Set the adapters of ``tuned``, a PeftModel on a rounded ``source``; the share of the squared error of the layers'
-    outputs on ``rows`` that they take back. They must be zero before.
+    outputs on ``rows``, each layer by itself, that they take back.
     """
     before = after = 0.0
-    layers = dict(tuned.base_model.model.named_modules())
-    for i, names, gram in _grams(tuned, source, layers, rows[:OBSERVED]):
-        C = torch.linalg.cholesky(gram + DAMP * gram.diagonal().mean().clamp(min=1e-30) * torch.eye(len(gram)))
-        weights = dict(source.linears(source.block(i)))
-        for local in names:
-            layer = layers[f"{source.block_prefix(i)}.{local}"]
-            name, R = (
-                layer.active_adapters[0],
-                get_weight(weights[local]).double() - layer.get_base_layer().dequantize(),
-            )
-            A, B = low_rank(R, layer.r[name], C)
-            root = layer.scaling[name] ** 0.5
-            layer.lora_A[name].weight.copy_(A / root)
-            layer.lora_B[name].weight.copy_(B / root)
-            before += float((R @ C).square().sum())
-            after += float(((R - B @ A) @ C).square().sum())
+    layers = _adapted(tuned, source)
+    for i, gram in _grams(tuned, layers, rows[:OBSERVED]):
+        block = source.linears(source.block(i))
+        for stage, G in gram.items():
+            C = torch.linalg.cholesky(G + DAMP * G.diagonal().mean().clamp(min=1e-30) * torch.eye(len(G)))
+            for local, layer in layers[i][stage].items():
+                R = get_weight(block[local]).double() - layer.get_base_layer().dequantize()
+                name = layer.active_adapters[0]
+                A, B = low_rank(R, layer.r[name], C)
+                root = layer.scaling[name] ** 0.5
+                layer.lora_A[name].weight.copy_(A / root)
+                layer.lora_B[name].weight.copy_(B / root)
+                before += float((R @ C).square().sum())
+                after += float(((R - B @ A) @ C).square().sum())
     return 1 - after / before if before else 0.0
 
 
@@ -71,41 +71,46 @@ def low_rank(R: Tensor, r: int, C: Tensor | None = None) -> tuple[Tensor, Tensor
     return A, B
 
 
-def _grams(
-    tuned: Any, source: Source, layers: dict[str, nn.Module], rows: Sequence[Row]
-) -> Iterator[tuple[int, list[str], Tensor]]:
-    """For each block and input of it: its number, the adapted layers that read it, and the gram matrix, float64. Many
-    at a time: as many passes over the rows as ``AT_ONCE`` makes necessary.
-    """
-    waiting: list[tuple[int, list[str], int]] = []
+def _adapted(tuned: Any, source: Source) -> list[dict[int, dict[str, QuantLora]]]:
+    """For each block and input of it the adapted layers that read it, by their names in the block."""
+    modules, found = dict(tuned.base_model.model.named_modules()), []
     for i in range(source.n_blocks):
-        for stage in source.stages(source.skeleton(i)):
-            # an adapted layer may be no target of the adapter, or part of a stack of experts
-            names = [n for n in stage if isinstance(layers.get(f"{source.block_prefix(i)}.{n}"), QuantLora)]
-            if names:
-                waiting.append((i, names, layers[f"{source.block_prefix(i)}.{names[0]}"].in_features))  # type: ignore[arg-type]
-    while waiting:
-        here, size = 0, 0
-        while here < len(waiting) and (not here or size + 4 * waiting[here][2] ** 2 <= AT_ONCE):
-            size += 4 * waiting[here][2] ** 2
-            here += 1
-        now, waiting = waiting[:here], waiting[here:]
-        sums = [torch.zeros(width, width) for _, _, width in now]
-        hooks = [
-            layers[f"{source.block_prefix(i)}.{names[0]}"].register_forward_pre_hook(_adding(total))
-            for (i, names, _), total in zip(now, sums, strict=True)
-        ]
-        for row in rows:
-            tuned(input_ids=row.ids[None], position_ids=row.positions[None], use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        for (i, names, _), total in zip(now, sums, strict=True):
-            yield i, names, total.double()
+        stages = {}
+        for stage, names in enumerate(source.stages(source.skeleton(i))):
+            # others are no targets, or parts of a stack of experts
+            here = {n: m for n in names if isinstance(m := modules.get(f"{source.block_prefix(i)}.{n}"), QuantLora)}
+            if here:
+                stages[stage] = here
+        found.append(stages)
+    return found
 
 
-def _adding(total: Tensor) -> Any:
-    def add(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        x = given[0].reshape(-1, total.shape[0]).float()
-        total.addmm_(x.T.to(total.device), x.to(total.device))
+def _grams(
+    tuned: Any, layers: Sequence[Mapping[int, Mapping[str, QuantLora]]], rows: Sequence[Row]
+) -> Iterator[tuple[int, dict[int, Tensor]]]:
+    """For each block the gram matrices of its inputs in the base, float64; blocks that fit into ``AT_ONCE`` together
+    share a pass over the rows.
+    """
+    widths = [{stage: next(iter(here.values())).in_features for stage, here in stages.items()} for stages in layers]
+    begin = 0
+    while begin < len(layers):
+        end, size = begin, 0
+        while end < len(layers) and (end == begin or size < AT_ONCE):
+            size += sum(4 * w * w for w in widths[end].values())
+            end += 1
+        sums = [{stage: torch.zeros(w, w) for stage, w in widths[i].items()} for i in range(begin, end)]
+        watched: dict[nn.Module, Any] = {
+            next(iter(layers[i][stage].values())): partial(_add, total)
+            for i, of_block in enumerate(sums, begin)
+            for stage, total in of_block.items()
+        }
+        with tuned.disable_adapter():
+            observe(tuned, watched, rows)
+        for i, of_block in enumerate(sums, begin):
+            yield i, {stage: total.double() for stage, total in of_block.items()}
+        begin = end
 
-    return add
+
+def _add(total: Tensor, x: Tensor) -> None:
+    x = x.reshape(-1, len(total)).float()
+    total.addmm_(x.T, x)

@@ -1,14 +1,15 @@
 """QLoRA: ours beside peft + bitsandbytes on this machine: losses, step time, peak memory, perplexity of held-out text.
 
     python benchmarks/qlora.py MODEL DATA WORKDIR --peer PEER_PYTHON [--steps 5] [--batch 4] [--seq-len 512]
-        [--arms ours peer lora gptq] [--held-out 0.05] [--json FILE]
+        [--arms ours peer lora gptq residual] [--held-out 0.05] [--json FILE]
 
 MODEL is dense, DATA a text, of which the last ``--held-out`` is not trained on. Arms ``ours`` and ``peer`` round MODEL
 to NF4 with double quantization, ``gptq`` is ``ours`` with ``--base-method gptq``: codes of the same format that learned
-from the training data; ``lora`` is peft's LoRA on the unquantized model. All start from the same adapters (same seed)
-and see the same rows in the same order, in float32. PEER_PYTHON is an interpreter with bitsandbytes, peft
-and transformers. Each arm is a process of its own, one after the other; peak memory is that of the whole process,
-loading included. On a busy machine compare the processor's seconds with one thread.
+from the training data; ``residual`` adds ``--init residual``; ``lora`` is peft's LoRA on the unquantized model. All but
+``residual`` start from the same adapters (same seed); all see the same rows in the same order, in float32. PEER_PYTHON
+is an interpreter with bitsandbytes, peft and transformers. Each arm is a process of its own, one after the other; peak
+memory is that of the whole process, loading included. On a busy machine compare the processor's seconds with one
+thread.
 
 What was run is kept in WORKDIR: a run that was stopped goes on from its last checkpoint, a finished arm is not run
 again. Perplexities are computed in our runtime: adapters of ``ours`` and ``peer`` beside the NF4 base, whose bytes are
@@ -37,9 +38,9 @@ from fewbits.finetune.model import tokenizer_of
 from fewbits.storage import save
 
 HERE = Path(__file__).resolve().parent
-ARMS = ("ours", "peer", "lora", "gptq")
-OURS = {"ours": "rtn", "gptq": "gptq"}
-"""Arms that are runs of ours: how their base is rounded."""
+OURS = {"ours": ("rtn", "zero"), "gptq": ("gptq", "zero"), "residual": ("gptq", "residual")}
+"""Arms that are runs of ours: how their base is rounded, how their adapters begin."""
+ARMS = ("ours", "peer", "lora", *(arm for arm in OURS if arm != "ours"))
 SAVE_STEPS = 10
 
 
@@ -72,9 +73,10 @@ def ours(args: argparse.Namespace, name: str) -> dict[str, Any]:
         steps=args.steps, batch=args.batch, lr=args.lr, seed=args.seed, checkpointing=args.checkpointing,
         save_steps=SAVE_STEPS, keep_products=args.keep_products,
     )  # fmt: skip
-    adapter, rows = Adapter(r=args.r, alpha=args.r, dropout=0.0), Rows(args.seq_len)
+    base_method, init = OURS[name]
+    adapter, rows = Adapter(r=args.r, alpha=args.r, dropout=0.0, init=init), Rows(args.seq_len)
     finetune(
-        args.model, out, texts(args)[0], base_method=OURS[name], training=training, adapter=adapter, rows=rows,
+        args.model, out, texts(args)[0], base_method=base_method, training=training, adapter=adapter, rows=rows,
         dtype="float32", resume=(out / "finetune.json").exists(),
     )  # fmt: skip
     return {"tool": "fewbits", "threads": torch.get_num_threads()} | summary(out / "log.jsonl")
@@ -111,7 +113,7 @@ def summary(log: Path) -> dict[str, Any]:
 
 def perplexity(args: argparse.Namespace, arm: str | None) -> float:
     """Of the held-out rows; None is the dense model without an adapter."""
-    base = args.model if arm in (None, "lora") else str(args.work / ("gptq" if arm == "gptq" else "ours") / "base")
+    base = args.model if arm in (None, "lora") else str(args.work / (arm if arm in OURS else "ours") / "base")
     model, tokenizer = fewbits.load(base, dtype=torch.float32)
     if arm is not None:
         model = load_adapter(model, args.work / arm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -11,6 +12,7 @@ from fewbits.errors import RequestError
 from fewbits.grids import NAMED_GRIDS, Int, Table, Vectorwise, base, group_index
 from fewbits.grids.codebook import CODEBOOKS, codebook, fp4, nf4, normal_float
 from fewbits.grids.double import compress, dynamic_map, expand
+from fewbits.methods import plan
 from fewbits.solve import Exact, Nearest, Sweep
 from fewbits.stats import Stats
 from fewbits.tensor import Quantized
@@ -105,6 +107,38 @@ def test_zeros() -> None:
         q = Nearest()(w, grid, None).dense()
         assert torch.isfinite(q).all() and not q[:2].any()
     assert Nearest()(w, Table("nf4"), None).codes[0, 0] == 7
+
+
+@pytest.mark.parametrize("shape", [(24, 192), (6, 100)], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_searched_maxima_are_the_best_of_each_block(shape: tuple[int, int], weighted: bool) -> None:
+    """By exhaustion, block by block of the flattened weight."""
+    w, plain = weights(*shape), Table("nf4", 64)
+    importance = weights(1, shape[1], 3)[0].exp() if weighted else None
+    found = dataclasses.replace(plain, ratios=plain.search).fit(w, importance)["absmax"].reshape(-1)
+    share = (torch.ones(shape[1]) if importance is None else importance).expand(shape).reshape(-1)
+    for block, weight, absmax in zip(w.reshape(-1).split(64), share.split(64), found, strict=True):
+
+        def error(m: torch.Tensor, block: torch.Tensor = block, weight: torch.Tensor = weight) -> float:
+            return float(((block[:, None] - nf4() * m).square().amin(1) * weight).sum())
+
+        candidates = [block.abs().max() * r for _, r in plain.search]
+        assert any(torch.equal(absmax, c) for c in candidates)
+        assert error(absmax) <= min(map(error, candidates)) * (1 + 1e-5)
+
+
+def test_methods_that_search_search_maxima_too() -> None:
+    """A Gaussian weight gains an eighth; what bitsandbytes writes stays as it is."""
+    w = weights(200, 512)
+    errors = {}
+    for name in ("rtn", "rtn-clip"):
+        grid = plan(name, None, None, None, "nf4-dq", format="bitsandbytes").rules[0].recipe.grid
+        errors[name] = float((Nearest()(w, grid, None).dense() - w).square().mean())
+    assert errors["rtn-clip"] < 0.89 * errors["rtn"]
+    for name in ("gptq", "awq", "awq+gptq"):
+        grid = plan(name, None, None, None, "nf4", format="bitsandbytes").rules[0].recipe.grid
+        assert grid.ratios == grid.search  # type: ignore[attr-defined]
+    assert plan("nf4", None, None, None, format="bitsandbytes").rules[0].recipe.grid == Table("nf4", 64)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("nf4", 0.00846), ("fp4", 0.0149)])

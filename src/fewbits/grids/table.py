@@ -19,10 +19,15 @@ from fewbits.grids.codebook import CODEBOOKS, codebook
 
 TINY = 1e-38  # blocks of zeros get zeros, not NaN
 
+# Factors of the absolute maximum that a search tries. Below 1 the largest are clipped; up to 1.4 the largest comes to
+# the table's second largest number (0.72 of NF4), and the finer steps around zero reach further.
+SEARCH = (1.0, *(i / 20 for i in range(14, 29) if i != 20))
+
 
 @dataclass(frozen=True)
 class Table:
-    """The numbers of ``codebook``, scaled by the absolute maximum of each block of ``group`` (-1: a row).
+    """The numbers of ``codebook``, scaled by the absolute maximum of each block of ``group`` (-1: a row), or by the one
+    of its ``ratios`` (pairs as for :class:`Int`; the second counts) that ``fit`` finds best.
 
     Params: ``absmax`` float32 ``[out, groups]`` or ``[blocks]``; ``g_idx`` int32 ``[in]`` only when groups are not
     consecutive columns. With ``nested`` the maxima are quantized once the codes are chosen (:meth:`settle`, double
@@ -32,6 +37,7 @@ class Table:
     codebook: str = "nf4"
     group: int = 64
     nested: bool = False
+    ratios: tuple[tuple[float, float], ...] = ((1.0, 1.0),)
 
     def __post_init__(self) -> None:
         if self.codebook not in CODEBOOKS:
@@ -46,6 +52,11 @@ class Table:
     @property
     def period(self) -> int:
         return self.group
+
+    @property
+    def search(self) -> tuple[tuple[float, float], ...]:
+        """``ratios`` worth trying."""
+        return tuple((r, r) for r in SEARCH)
 
     @property
     def levels(self) -> int:
@@ -68,8 +79,22 @@ class Table:
         return shape[0], groups_of(shape[1], self.group)
 
     def fit(self, w: Tensor, importance: Tensor | None = None) -> Params:
-        """The absolute maximum of every block, exact; ``importance`` has nothing to choose."""
-        return {"absmax": self._blocked(w.float()).abs().amax(1).reshape(self.blocks(_shape(w)))}
+        """The absolute maximum of every block, exact, times the ratio of the least squared error; see :class:`Grid`."""
+        w = w.float()
+        most = self._blocked(w).abs().amax(1).reshape(self.blocks(_shape(w)))
+        best, least = most * self.ratios[0][1], None
+        for _, ratio in self.ratios if len(self.ratios) > 1 else ():
+            absmax = most * ratio
+            error = self._error(w, {"absmax": absmax}, importance).view_as(most)
+            better = error < (torch.inf if least is None else least)
+            best = torch.where(better, absmax, best)
+            least = error if least is None else torch.minimum(least, error)
+        return {"absmax": best}
+
+    def _error(self, w: Tensor, p: Params, importance: Tensor | None) -> Tensor:
+        """Squared error of every block."""
+        error = (self.decode(self.encode(w, p), p) - w).square_()
+        return self._blocked(error if importance is None else error.mul_(importance)).sum(1)
 
     def settle(self, p: Params) -> Params:
         """Parameters as they are stored: the maxima doubly quantized if the grid says so, once."""

@@ -42,9 +42,9 @@ METHODS: dict[str, Method] = {
     "rtn": Method("round to nearest, no calibration", Int(4, 128), Nearest()),
     "rtn-clip": Method("round to nearest, clipping searched", Int(4, 128, ratios=CLIP), Nearest()),
     "gptq": Method(
-        "error feedback in activation order, true-sequential",
+        "error feedback in activation order, true-sequential; values as attention mixes them",
         Int(4, 128, ratios=CLIP),
-        Sweep(order="activation", static=True),
+        Sweep(order="activation", static=True, mixed=True),
     ),
     "gptq-paper": Method("error feedback as published: minmax groups fitted on the way", Int(4, 128), Sweep()),
     "gptaq": Method(
@@ -102,7 +102,7 @@ METHODS: dict[str, Method] = {
     "awq+gptq": Method(
         "activation-aware scales, then error feedback",
         Int(4, 128, ratios=CLIP),
-        Sweep(order="activation", static=True),
+        Sweep(order="activation", static=True, mixed=True),
         (Awq(),),
     ),
     "w8a8": Method("8-bit weights per channel, 8-bit inputs per token", W8, Nearest(), activations=PRESETS["int8"]),
@@ -119,7 +119,7 @@ METHODS: dict[str, Method] = {
     "smoothquant+gptq": Method(
         "SmoothQuant, then error feedback: W4A8",
         Int(4, 128, symmetric=True, ratios=CLIP),
-        Sweep(order="activation", static=True),
+        Sweep(order="activation", static=True, mixed=True),
         (Smooth(),),
         PRESETS["int8"],
     ),

@@ -7,7 +7,7 @@ choice). Adding is exact in any order up to float32 rounding; within a run batch
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Stats:
     ``histogram`` int64 ``[BINS]`` counts magnitudes over all channels, when it was asked for. ``cross [in, in]`` is
     ``Σ (x̃_t - x_t) x_tᵀ`` over ``paired`` of the tokens, with ``x̃`` the inputs of the same layer in the original model
     (GPTAQ); not symmetric.
+    ``mixed [in, in]`` is the gram matrix of what attention makes of the inputs, for the layer that makes its values.
     ``fisher [out, in]`` belongs to one weight, not to the inputs: the mean squared gradient of the model's loss.
     """
 
@@ -37,6 +38,7 @@ class Stats:
     cross: Tensor | None = None
     paired: int = 0
     fisher: Tensor | None = None
+    mixed: Tensor | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What solvers made of these sums, for the next layer with the same inputs; forgotten when the sums change."""
 
@@ -57,9 +59,15 @@ class Stats:
         """Of no input at all: what a weight's own statistics are added to."""
         return cls(torch.zeros(0, 0), None, None)
 
-    def update(self, x: Tensor, sums: kernels.Sums = kernels.SUMS, original: Tensor | None = None) -> None:
+    def update(
+        self,
+        x: Tensor,
+        sums: kernels.Sums = kernels.SUMS,
+        original: Tensor | None = None,
+        mixed: Tensor | None = None,
+    ) -> None:
         """Add a batch ``x [..., in]``, in place, by ``sums``; the default ones multiply bfloat16 exactly and add in
-        float32.
+        float32. ``mixed [..., in]`` of the same dtype is what attention makes of the batch.
 
         ``original`` of the shape of ``x``, token for token: what the layer sees in the original model, where "cross" is
         gathered from this batch. Raises RequestError when the shapes differ.
@@ -77,6 +85,9 @@ class Stats:
         self.memo.clear()
         sums.gram_(self.gram, x)
         self.count += len(x)
+        if mixed is not None:
+            self.mixed = torch.zeros_like(self.gram) if self.mixed is None else self.mixed
+            sums.gram_(self.mixed, mixed.reshape(-1, mixed.shape[-1]))
         if self.abssum is not None and self.absmax is not None and len(x):
             a = x.abs().float()
             self.abssum += a.sum(0)
@@ -96,7 +107,12 @@ class Stats:
             both(torch.add, self.histogram, other.histogram),
             both(torch.add, self.cross, other.cross),
             self.paired + other.paired,
+            mixed=both(torch.add, self.mixed, other.mixed),
         )
+
+    def of_values(self) -> Stats:
+        """What the layer that makes attention's values is solved for: ``mixed``, where it was gathered, as ``gram``."""
+        return self if self.mixed is None else replace(self, gram=self.mixed, memo={})
 
     @property
     def change(self) -> Tensor:
@@ -125,9 +141,9 @@ class Stats:
         """
         a = s.abs()
         abssum, absmax = (None if t is None else t * a for t in (self.abssum, self.absmax))
-        gram, cross = (None if t is None else t * s[:, None] * s for t in (self.gram, self.cross))
+        gram, cross, mixed = (None if t is None else t * s[:, None] * s for t in (self.gram, self.cross, self.mixed))
         assert gram is not None
-        return Stats(gram, abssum, absmax, self.count, cross=cross, paired=self.paired)
+        return Stats(gram, abssum, absmax, self.count, cross=cross, paired=self.paired, mixed=mixed)
 
 
 def loss(error: Tensor, gram: Tensor) -> Tensor:

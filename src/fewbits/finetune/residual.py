@@ -2,13 +2,15 @@
 
 Best for the layer's *output* on the training data: with ``G`` the gram matrix of the inputs and ``R = W - Ŵ``, ``B A``
 minimises ``tr(E G Eᵀ)``, ``E = R - B A``, at its rank (QERA, arXiv 2410.06040). It is ``U Uᵀ R``, ``U`` the
-first left singular vectors of ``R C``, ``C Cᵀ = G``. Training starts closer to the original model than the base is; the
-adapter belongs to that base and to no other.
+first left singular vectors of ``R C``, ``C Cᵀ = G``. For the layer that makes attention's values ``G`` is that of what
+attention makes of the inputs (:mod:`fewbits.pipeline.mixing`). Training starts closer to the original model than the
+base is; the adapter belongs to that base and to no other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from fewbits.finetune.adapter import QuantLora
 from fewbits.finetune.data import Row
 from fewbits.finetune.model import observe
 from fewbits.model import Source, get_weight
+from fewbits.pipeline.mixing import Mixing
 
 OBSERVED = 64
 """Rows of the training data whose inputs are weighed."""
@@ -35,11 +38,11 @@ def fill(tuned: Any, source: Source, rows: Sequence[Row]) -> float:
     """
     before = after = 0.0
     layers = _adapted(tuned, source)
-    for i, gram in _grams(tuned, layers, rows[:OBSERVED]):
+    for i, gram in _grams(tuned, source, layers, rows[:OBSERVED]):
         block = source.linears(source.block(i))
-        for stage, G in gram.items():
+        for read, G in gram.items():
             C = torch.linalg.cholesky(G + DAMP * G.diagonal().mean().clamp(min=1e-30) * torch.eye(len(G)))
-            for local, layer in layers[i][stage].items():
+            for local, layer in layers[i][read].items():
                 R = get_weight(block[local]).double() - layer.get_base_layer().dequantize()
                 name = layer.active_adapters[0]
                 A, B = low_rank(R, layer.r[name], C)
@@ -71,46 +74,61 @@ def low_rank(R: Tensor, r: int, C: Tensor | None = None) -> tuple[Tensor, Tensor
     return A, B
 
 
-def _adapted(tuned: Any, source: Source) -> list[dict[int, dict[str, QuantLora]]]:
-    """For each block and input of it the adapted layers that read it, by their names in the block."""
-    modules, found = dict(tuned.base_model.model.named_modules()), []
+def _adapted(tuned: Any, source: Source) -> list[dict[str, dict[str, QuantLora]]]:
+    """For each block and input of it, named after the first layer that reads it, the adapted layers that do, by their
+    names in the block.
+    """
+    modules, values, found = dict(tuned.base_model.model.named_modules()), source.family.values, []
     for i in range(source.n_blocks):
-        stages = {}
-        for stage, names in enumerate(source.stages(source.skeleton(i))):
-            # others are no targets, or parts of a stack of experts
-            here = {n: m for n in names if isinstance(m := modules.get(f"{source.block_prefix(i)}.{n}"), QuantLora)}
-            if here:
-                stages[stage] = here
-        found.append(stages)
+        inputs: dict[str, dict[str, QuantLora]] = {}
+        for names in source.stages(source.skeleton(i)):
+            for n in names:
+                layer = modules.get(f"{source.block_prefix(i)}.{n}")
+                if isinstance(layer, QuantLora):  # others are no targets, or parts of a stack of experts
+                    inputs.setdefault(values if n == values else names[0], {})[n] = layer
+        found.append(inputs)
     return found
 
 
 def _grams(
-    tuned: Any, layers: Sequence[Mapping[int, Mapping[str, QuantLora]]], rows: Sequence[Row]
-) -> Iterator[tuple[int, dict[int, Tensor]]]:
+    tuned: Any, source: Source, layers: Sequence[Mapping[str, Mapping[str, QuantLora]]], rows: Sequence[Row]
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """For each block the gram matrices of its inputs in the base, float64; blocks that fit into ``AT_ONCE`` together
     share a pass over the rows.
     """
-    widths = [{stage: next(iter(here.values())).in_features for stage, here in stages.items()} for stages in layers]
-    begin = 0
+    widths = [{read: next(iter(here.values())).in_features for read, here in inputs.items()} for inputs in layers]
+    mixings, begin = _mixings(tuned, source), 0
     while begin < len(layers):
         end, size = begin, 0
         while end < len(layers) and (end == begin or size < AT_ONCE):
             size += sum(4 * w * w for w in widths[end].values())
             end += 1
-        sums = [{stage: torch.zeros(w, w) for stage, w in widths[i].items()} for i in range(begin, end)]
+        sums = [{read: torch.zeros(w, w) for read, w in widths[i].items()} for i in range(begin, end)]
         watched: dict[nn.Module, Any] = {
-            next(iter(layers[i][stage].values())): partial(_add, total)
+            next(iter(layers[i][read].values())): partial(
+                _add, total, mixings[i] if read == source.family.values else None
+            )
             for i, of_block in enumerate(sums, begin)
-            for stage, total in of_block.items()
+            for read, total in of_block.items()
         }
-        with tuned.disable_adapter():
+        with tuned.disable_adapter(), ExitStack() as stack:
+            for mixing in mixings:
+                stack.enter_context(mixing.watched())
             observe(tuned, watched, rows)
         for i, of_block in enumerate(sums, begin):
             yield i, {stage: total.double() for stage, total in of_block.items()}
         begin = end
 
 
-def _add(total: Tensor, x: Tensor) -> None:
-    x = x.reshape(-1, len(total)).float()
+def _mixings(tuned: Any, source: Source) -> list[Mixing]:
+    """Of each block, in families whose values have a layer of their own."""
+    if not source.family.values:
+        return []
+    blocks = (tuned.base_model.model.get_submodule(source.block_prefix(i)) for i in range(source.n_blocks))
+    return [Mixing(block, source.family.values) for block in blocks]
+
+
+def _add(total: Tensor, mixing: Mixing | None, x: Tensor) -> None:
+    mixed = None if mixing is None else mixing(x)
+    x = (x if mixed is None else mixed).reshape(-1, len(total)).float()
     total.addmm_(x.T, x)

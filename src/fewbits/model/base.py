@@ -39,6 +39,7 @@ class Family:
 
     * ``stages``: linears that share one input, in execution order; names that a block lacks are skipped
     * ``ties``: linears that servers fuse, so they want one grid
+    * ``values``: the layer that makes attention's values and nothing else
     * ``names``: (part of a name on disk, the same part in memory), applied in order, for checkpoints that transformers
       converts while loading
     """
@@ -47,6 +48,7 @@ class Family:
     stages: tuple[tuple[str, ...], ...]
     sites: tuple[SiteRule, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
+    values: str = ""
     names: tuple[tuple[str, str], ...] = ()
 
 

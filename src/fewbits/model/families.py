@@ -13,13 +13,14 @@ from torch import nn
 
 from fewbits.model.base import Family, Site, SiteRule, expanded, get_weight, is_linear
 
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+V = "self_attn.v_proj"
+QKV = ("self_attn.q_proj", "self_attn.k_proj", V)
 O = ("self_attn.o_proj",)
 GATE_UP, DOWN = ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)
 EXPERT_GATE_UP = ("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj")
 EXPERT_DOWN = ("mlp.experts.{e}.down_proj",)
 
-V_TO_O = SiteRule("self_attn.v_proj", "linear", O, heads=True)
+V_TO_O = SiteRule(V, "linear", O, heads=True)
 UP_TO_DOWN = SiteRule("mlp.up_proj", "linear", DOWN)
 EXPERT_UP_TO_DOWN = SiteRule("mlp.experts.{e}.up_proj", "linear", EXPERT_DOWN)
 NORM_TO_QKV = SiteRule("input_layernorm", "norm", QKV)
@@ -33,6 +34,7 @@ FAMILIES: tuple[Family, ...] = (
         stages=(QKV, O, GATE_UP, DOWN),
         sites=(NORM_TO_QKV, V_TO_O, NORM_TO_MLP, UP_TO_DOWN),
         ties=(QKV, GATE_UP),
+        values=V,
     ),
     Family(
         model_types=("gemma3_text", "gemma3"),
@@ -44,6 +46,7 @@ FAMILIES: tuple[Family, ...] = (
             UP_TO_DOWN,
         ),
         ties=(QKV, GATE_UP),
+        values=V,
     ),
     Family(
         model_types=("phi3",),
@@ -61,12 +64,13 @@ FAMILIES: tuple[Family, ...] = (
         sites=(
             # OPT-350m normalises after the residual sum: its norms feed the residual stream too.
             SiteRule("self_attn_layer_norm", "norm", QKV, requires=("do_layer_norm_before", True)),
-            SiteRule("self_attn.v_proj", "linear", ("self_attn.out_proj",)),
+            SiteRule(V, "linear", ("self_attn.out_proj",)),
             SiteRule("final_layer_norm", "norm", ("fc1",), requires=("do_layer_norm_before", True)),
             # relu(a x) = a relu(x) for a > 0; no other activation here commutes with a scale.
             SiteRule("fc1", "linear", ("fc2",), requires=("activation_function", "relu")),
         ),
         ties=(QKV,),
+        values=V,
     ),
     Family(
         model_types=("gpt2",),
@@ -82,6 +86,7 @@ FAMILIES: tuple[Family, ...] = (
         stages=(QKV, O, EXPERT_GATE_UP, EXPERT_DOWN),
         sites=(NORM_TO_QKV, V_TO_O, NORM_TO_EXPERTS, EXPERT_UP_TO_DOWN),
         ties=(QKV, EXPERT_GATE_UP),
+        values=V,
         names=(
             (".w1.", ".gate_proj."),
             (".w3.", ".up_proj."),
@@ -94,6 +99,7 @@ FAMILIES: tuple[Family, ...] = (
         stages=(QKV, O, GATE_UP, DOWN, EXPERT_GATE_UP, EXPERT_DOWN),
         sites=(NORM_TO_QKV, V_TO_O, NORM_TO_MLP, UP_TO_DOWN, NORM_TO_EXPERTS, EXPERT_UP_TO_DOWN),
         ties=(QKV, GATE_UP, EXPERT_GATE_UP),
+        values=V,
     ),
 )
 

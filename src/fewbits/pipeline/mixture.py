@@ -19,7 +19,7 @@ from fewbits.plan import Plan, Recipe, Rule
 from fewbits.solve import Descent, Search, Solver, Sweep
 from fewbits.transform import Awq, Transform
 
-SWEEPS = {32: Sweep(order="activation", static=True), 256: Sweep()}
+SWEEPS = {32: Sweep(order="activation", static=True, mixed=True), 256: Sweep(mixed=True)}
 """By the columns of a block: short ones are fitted in advance for the sake of the best order, long ones on the way."""
 
 Choice = Callable[[Block], Solver]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from fewbits.pipeline.acts import Acts
 from fewbits.pipeline.fisher import Fisher
 from fewbits.pipeline.forward import Beside, Cut, Forward, Observe, run
 from fewbits.pipeline.inputs import common_scheme, quantize_inputs, require_finite
+from fewbits.pipeline.mixing import Mixing
 from fewbits.pipeline.precision import PRECISIONS
 from fewbits.plan import Plan, Recipe
 from fewbits.solve import Nearest
@@ -71,6 +72,7 @@ class Walk:
         events: list[Event] = []
         stats = dict(given or {})
         stages = self.source.stages(block)
+        values, mixings = self.source.family.values, self._mixings(block, stages)
         if acts is not None:
             self._transform(block, i, acts, recipes)
         elif given is not None:
@@ -87,7 +89,8 @@ class Walk:
                 scheme = common_scheme(here)  # the solver minimises the error on what the layer will really see
                 at = acts.partner(batch) if acts is not None and "cross" in needs else None
                 original = None if at is None else seen(stage, at)
-                self._observe(stats, stage, Inputs(scheme)(x) if scheme and scheme.dynamic else x, needs, original)
+                x = Inputs(scheme)(x) if scheme and scheme.dynamic else x
+                self._observe(stats, stage, x, needs, original, mixings.get(stage))
 
         fisher = {} if self.fisher is None else self.fisher.of(i)
 
@@ -96,6 +99,8 @@ class Walk:
             for local in stages[stage]:
                 if local in recipes:
                     recipe, seen = recipes[local], inputs
+                    if seen is not None and local == values and "mixed" in recipe.needs:
+                        seen = seen.of_values()
                     if "fisher" in recipe.needs:
                         seen = replace(inputs or Stats.nothing(), fisher=fisher[local])
                     q, event = solve_one(get_weight(block.get_submodule(local)), recipe, seen, self.layout)
@@ -109,7 +114,7 @@ class Walk:
             for stage in range(len(stages)):
                 solve(stage)
         else:
-            with self._beside(as_it_was, i, acts, stages) as seen:
+            with self._beside(as_it_was, i, acts, stages) as seen, watched(mixings):
                 self._advance(block, i, acts, stages, observe, solve, keep=self.plan.tune is None)
             if self.plan.tune is not None and as_it_was is not None:
                 if solved:
@@ -135,14 +140,16 @@ class Walk:
         block = self.source.block(i)
         stages = self.source.stages(block) if any(needs.values()) else ()
         stats: dict[int, Stats] = {}
+        mixings = self._mixings(block, stages)
 
         def observe(stage: int, batch: int, x: Tensor) -> None:
             if needs[stage]:
                 seen = stats[stage].count if stage in stats else 0
                 require_finite(x, self.source.disk_name(i, stages[stage][0]), seen)
-                self._observe(stats, stage, x, needs[stage])
+                self._observe(stats, stage, x, needs[stage], mixing=mixings.get(stage))
 
-        self._advance(block, i, acts, stages, observe, lambda s: None)
+        with watched(mixings):
+            self._advance(block, i, acts, stages, observe, lambda s: None)
         return stats
 
     def head(self, acts: Acts | None) -> Block:
@@ -311,13 +318,28 @@ class Walk:
         masked = self.source.block_kwargs(tokens)[i].get("attention_mask") is not None
         return self._surely(tokens) and not (masked or routed(block))
 
+    def _mixings(self, block: nn.Module, stages: Sequence[Sequence[str]]) -> dict[int, Mixing]:
+        """By stage: what attention makes of the input that the layer of its values reads."""
+        values = self.source.family.values
+        return {stage: Mixing(block, values) for stage, names in enumerate(stages) if values in names}
+
     def _observe(
-        self, stats: dict[int, Stats], stage: int, x: Tensor, needs: frozenset[str], original: Tensor | None = None
+        self,
+        stats: dict[int, Stats],
+        stage: int,
+        x: Tensor,
+        needs: frozenset[str],
+        original: Tensor | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
         if stage not in stats:
             stats[stage] = Stats.empty(x.shape[-1], needs)
-        precision = PRECISIONS[self.plan.compute]
-        stats[stage].update(x.to(precision.observed), precision.sums, original)
+        precision, mixed = PRECISIONS[self.plan.compute], None
+        if mixing is not None and "mixed" in needs:
+            with self._precision():
+                found = mixing(x, self.steady)
+            mixed = None if found is None else found.to(precision.observed)
+        stats[stage].update(x.to(precision.observed), precision.sums, original, mixed)
 
     def _transform(self, block: nn.Module, i: int, acts: Acts, recipes: Mapping[str, Recipe]) -> None:
         """Fit every transform at every site to the original block's statistics, then fold all of them in."""
@@ -349,6 +371,15 @@ class Walk:
                 fold(block, site, s)
                 for stage in {where[n] for n in site.consumers if n in where} & set(stats):
                     stats[stage] = Diagonal(site.expand(s)).stats(stats[stage])
+
+
+@contextmanager
+def watched(mixings: Mapping[int, Mixing]) -> Iterator[None]:
+    """While entered, forward passes tell each of ``mixings`` what else its attention is given."""
+    with ExitStack() as stack:
+        for mixing in mixings.values():
+            stack.enter_context(mixing.watched())
+        yield
 
 
 def settled(block: nn.Module, recipes: Mapping[str, Recipe], ties: Sequence[Sequence[str]]) -> dict[str, Recipe]:

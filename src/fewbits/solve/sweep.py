@@ -47,7 +47,8 @@ class Sweep:
     times the damping, and so on. ``meta`` of the result says what was needed. Channels that calibration never saw
     active (dead) are rounded to nearest and take no part in the feedback; the reference code sets their weights to
     zero, which prunes channels on the word of a small sample. ``cross`` is GPTAQ's α, 0 for plain GPTQ; 1 is the
-    paper's algorithm, 0.25 its code: the correction over-fits when tokens are few (α and damping hold it).
+    paper's algorithm, 0.25 its code: the correction over-fits when tokens are few (α and damping hold it). ``mixed``
+    solves the layer that makes attention's values for what attention makes of its inputs (``pipeline/mixing.py``).
     """
 
     damp: float = 0.01
@@ -57,11 +58,14 @@ class Sweep:
     cross: float = 0.0
     sparsity: str = ""
     """SparseGPT: weights that become zero on the way, a share of them ("0.5") or "2:4"."""
+    mixed: bool = False
 
     by_columns = True
     splits = True
 
     def __post_init__(self) -> None:
+        if self.mixed and self.cross:
+            raise RequestError("cross statistics are of the inputs as they are; give cross: 0, or mixed: false")
         if self.sparsity and Sparsity.parse(self.sparsity).m and self.order != "natural":
             raise RequestError(f"sparsity {self.sparsity} is of consecutive columns; give order: natural")
 
@@ -72,7 +76,7 @@ class Sweep:
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"gram", "cross"} if self.cross else {"gram"})
+        return frozenset({"gram"} | ({"cross"} if self.cross else set()) | ({"mixed"} if self.mixed else set()))
 
     @property
     def scatters(self) -> bool:

@@ -1,0 +1,64 @@
+"""What attention makes of its inputs: an error of the weights that make values reaches its output as that says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fewbits.errors import RequestError
+from fewbits.model import Source, get_weight
+from fewbits.pipeline.mixing import Mixing
+from fewbits.solve import Sweep
+from fewbits.stats import Stats
+from tests.tiny import FAMILIES, tiny_model
+
+TOKENS = 24
+FAMILIES = [f for f in FAMILIES if f not in ("phi3", "gpt2")]  # whose values come out of a fused layer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_an_error_of_values_reaches_each_head_as_its_mixed_inputs_say(family, tmp_path):
+    """By the change of what the layer after attention reads, for every kept query of every head; masks of sliding
+    windows, grouped queries, norms of queries and keys, and learned positions included.
+    """
+    source = Source.open(tiny_model(family, tmp_path, torch.float32))
+    block = source.block(0)
+    value, heads = source.family.values, source.text_config.num_attention_heads
+    w = get_weight(block.get_submodule(value))
+    dim = block.self_attn.head_dim
+    repeat = heads * dim // len(w)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, TOKENS, w.shape[1], generator=g)
+    inputs, outputs = [], []
+    out = "self_attn.out_proj" if family == "opt" else "self_attn.o_proj"
+    block.get_submodule(value).register_forward_pre_hook(lambda m, a: inputs.append(a[0]))
+    block.get_submodule(out).register_forward_pre_hook(lambda m, a: outputs.append(a[0]))
+    mixing = Mixing(block, value)
+    kwargs = source.block_kwargs(TOKENS)[0]
+    with mixing.watched():
+        block(x, **kwargs)
+    found = mixing(inputs[0])
+    error = torch.randn(w.shape, generator=g)
+    w.add_(error)
+    block(x, **kwargs)
+    at = torch.arange(heads - 1, TOKENS, heads)
+    assert found.shape == (2, heads, len(at), inputs[0].shape[-1])
+    change = (outputs[1] - outputs[0])[:, at].view(2, len(at), heads, dim)
+    for h in range(heads):
+        mine = error[h // repeat * dim : (h // repeat + 1) * dim]
+        torch.testing.assert_close(found[:, h] @ mine.T, change[:, :, h], rtol=0, atol=1e-4)
+
+
+def test_values_are_solved_for_what_is_mixed():
+    g = torch.Generator().manual_seed(1)
+    x, mixed = torch.randn(64, 8, generator=g), torch.randn(40, 8, generator=g)
+    stats = Stats.empty(8, frozenset({"gram"}))
+    assert stats.of_values() is stats
+    stats.update(x.bfloat16(), mixed=mixed.bfloat16())
+    torch.testing.assert_close(stats.of_values().gram, mixed.bfloat16().float().T @ mixed.bfloat16().float())
+    s = torch.rand(8, generator=g) + 0.5
+    torch.testing.assert_close(stats.scaled(s).mixed, stats.mixed * s * s[:, None])
+    torch.testing.assert_close((stats + stats).mixed, 2 * stats.mixed)
+    with pytest.raises(RequestError, match="mixed: false"):
+        Sweep(cross=0.25, mixed=True)

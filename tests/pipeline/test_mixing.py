@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from fewbits import api
 from fewbits.errors import RequestError
+from fewbits.methods import METHODS
 from fewbits.model import Source, get_weight
 from fewbits.pipeline.mixing import Mixing
 from fewbits.solve import Sweep
 from fewbits.stats import Stats
+from fewbits.storage import Checkpoint
+from tests.pipeline.test_quantize import SMALL, make
 from tests.tiny import FAMILIES, tiny_model
 
 TOKENS = 24
@@ -62,3 +68,31 @@ def test_values_are_solved_for_what_is_mixed():
     torch.testing.assert_close((stats + stats).mixed, 2 * stats.mixed)
     with pytest.raises(RequestError, match="mixed: false"):
         Sweep(cross=0.25, mixed=True)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make("qwen2", tmp_path / "model", num_hidden_layers=1)
+
+
+def test_the_walk_solves_values_and_nothing_beside_them_for_it(model, tmp_path, monkeypatch):
+    """Queries and keys read the same input and keep their codes; what follows attention sees other values."""
+    own, found = METHODS["gptq"], {}
+    for mixed in (True, False):
+        monkeypatch.setitem(METHODS, "gptq", replace(own, solver=replace(own.solver, mixed=mixed)))
+        out = tmp_path / str(mixed)
+        api.quantize(model, out, method="gptq", bits=3, format="fewbits", **SMALL)
+        found[mixed] = Checkpoint.open(out)
+    names = found[True].names()
+    assert own.solver.mixed and names == found[False].names()
+    changed = {n for n in names if not torch.equal(found[True].tensor(n), found[False].tensor(n))}
+    assert any("v_proj" in n for n in changed) and not any(".q_proj" in n or ".k_proj" in n for n in changed)
+
+
+def test_attention_that_cannot_be_read_is_told_of(model, tmp_path, monkeypatch):
+    notes = []
+    monkeypatch.setattr(Mixing, "__call__", lambda self, x, steady: None)
+    api.quantize(
+        model, tmp_path / "out", method="gptq", **SMALL, on_event=lambda e: notes.append(str(e.get("message")))
+    )
+    assert sum("v_proj" in n and "plain inputs" in n for n in notes) == 1

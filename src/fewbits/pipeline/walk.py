@@ -104,6 +104,10 @@ class Walk:
                     if "fisher" in recipe.needs:
                         seen = replace(inputs or Stats.nothing(), fisher=fisher[local])
                     q, event = solve_one(get_weight(block.get_submodule(local)), recipe, seen, self.layout)
+                    if local == values and "mixed" in recipe.needs and seen is not None and seen.mixed is None:
+                        event.setdefault(
+                            "fallback", "attention is not torch's own: values solved for their plain inputs"
+                        )
                     q = replace(q, inputs=inputs_of(recipe, seen, DTYPES[self.plan.dtype], names[local]))
                     self._set(block.get_submodule(local), q)
                     solved[local] = q

@@ -50,7 +50,7 @@ METHODS: dict[str, Method] = {
     "gptaq": Method(
         "GPTQ that also takes back what the layers before have lost (GPTQ-v2)",
         Int(4, 128, ratios=CLIP),
-        Sweep(order="activation", static=True, cross=0.25),
+        Sweep(order="activation", static=True, cross=0.25, mixed=True),
     ),
     "spqr": Method(
         "error feedback in tiny groups with 3-bit scales; the dearest weights kept beside them (SpQR)",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from fewbits import kernels
 from fewbits.activations import BINS, histogram
 from fewbits.errors import RequestError
 
+T = TypeVar("T")
+
 
 @dataclass
 class Stats:
@@ -26,7 +28,7 @@ class Stats:
     ``histogram`` int64 ``[BINS]`` counts magnitudes over all channels, when it was asked for. ``cross [in, in]`` is
     ``Σ (x̃_t - x_t) x_tᵀ`` over ``paired`` of the tokens, with ``x̃`` the inputs of the same layer in the original model
     (GPTAQ); not symmetric.
-    ``mixed [in, in]`` is the gram matrix of what attention makes of the inputs, for the layer that makes its values.
+    ``mixed`` are the statistics of what attention makes of the inputs, for the layer that makes its values.
     ``fisher [out, in]`` belongs to one weight, not to the inputs: the mean squared gradient of the model's loss.
     """
 
@@ -38,7 +40,7 @@ class Stats:
     cross: Tensor | None = None
     paired: int = 0
     fisher: Tensor | None = None
-    mixed: Tensor | None = None
+    mixed: Stats | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What solvers made of these sums, for the next layer with the same inputs; forgotten when the sums change."""
 
@@ -65,13 +67,22 @@ class Stats:
         sums: kernels.Sums = kernels.SUMS,
         original: Tensor | None = None,
         mixed: Tensor | None = None,
+        mixed_original: Tensor | None = None,
     ) -> None:
         """Add a batch ``x [..., in]``, in place, by ``sums``; the default ones multiply bfloat16 exactly and add in
-        float32. ``mixed [..., in]`` of the same dtype is what attention makes of the batch.
+        float32. ``mixed [..., in]`` of the same dtype is what attention makes of the batch, ``mixed_original`` what it
+        makes of ``original``.
 
         ``original`` of the shape of ``x``, token for token: what the layer sees in the original model, where "cross" is
         gathered from this batch. Raises RequestError when the shapes differ.
         """
+        self._add(x, sums, original)
+        if mixed is not None:
+            if self.mixed is None:
+                self.mixed = Stats.empty(len(self.gram), frozenset({"cross"} if self.cross is not None else ()))
+            self.mixed._add(mixed, sums, mixed_original)
+
+    def _add(self, x: Tensor, sums: kernels.Sums, original: Tensor | None) -> None:
         if self.cross is not None and original is not None:
             if original.shape != x.shape:
                 raise RequestError(
@@ -85,9 +96,6 @@ class Stats:
         self.memo.clear()
         sums.gram_(self.gram, x)
         self.count += len(x)
-        if mixed is not None:
-            self.mixed = torch.zeros_like(self.gram) if self.mixed is None else self.mixed
-            sums.gram_(self.mixed, mixed.reshape(-1, mixed.shape[-1]))
         if self.abssum is not None and self.absmax is not None and len(x):
             a = x.abs().float()
             self.abssum += a.sum(0)
@@ -96,7 +104,7 @@ class Stats:
             self.histogram += histogram(x)
 
     def __add__(self, other: Stats) -> Stats:
-        def both(f: Callable[[Tensor, Tensor], Tensor], a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        def both(f: Callable[[T, T], T], a: T | None, b: T | None) -> T | None:
             return None if a is None or b is None else f(a, b)
 
         return Stats(
@@ -107,12 +115,12 @@ class Stats:
             both(torch.add, self.histogram, other.histogram),
             both(torch.add, self.cross, other.cross),
             self.paired + other.paired,
-            mixed=both(torch.add, self.mixed, other.mixed),
+            mixed=both(Stats.__add__, self.mixed, other.mixed),
         )
 
     def of_values(self) -> Stats:
-        """What the layer that makes attention's values is solved for: ``mixed``, where it was gathered, as ``gram``."""
-        return self if self.mixed is None else replace(self, gram=self.mixed, memo={})
+        """What the layer that makes attention's values is solved for: sums of ``mixed``, where it was gathered."""
+        return self if self.mixed is None else replace(self, gram=self.mixed.gram, cross=self.mixed.cross, memo={})
 
     @property
     def change(self) -> Tensor:
@@ -141,7 +149,8 @@ class Stats:
         """
         a = s.abs()
         abssum, absmax = (None if t is None else t * a for t in (self.abssum, self.absmax))
-        gram, cross, mixed = (None if t is None else t * s[:, None] * s for t in (self.gram, self.cross, self.mixed))
+        gram, cross = (None if t is None else t * s[:, None] * s for t in (self.gram, self.cross))
+        mixed = None if self.mixed is None else self.mixed.scaled(s)
         assert gram is not None
         return Stats(gram, abssum, absmax, self.count, cross=cross, paired=self.paired, mixed=mixed)
 

@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from fewbits import api
-from fewbits.errors import RequestError
 from fewbits.methods import METHODS
 from fewbits.model import Source, get_weight
 from fewbits.pipeline.mixing import Mixing
-from fewbits.solve import Sweep
 from fewbits.stats import Stats
 from fewbits.storage import Checkpoint
 from tests.pipeline.test_quantize import SMALL, make
@@ -58,16 +56,18 @@ def test_an_error_of_values_reaches_each_head_as_its_mixed_inputs_say(family, tm
 
 def test_values_are_solved_for_what_is_mixed():
     g = torch.Generator().manual_seed(1)
-    x, mixed = torch.randn(64, 8, generator=g), torch.randn(40, 8, generator=g)
-    stats = Stats.empty(8, frozenset({"gram"}))
+    x, original, mixed, mixed_original = (torch.randn(n, 8, generator=g).bfloat16() for n in (64, 64, 48, 48))
+    stats = Stats.empty(8, frozenset({"gram", "cross"}))
     assert stats.of_values() is stats
-    stats.update(x.bfloat16(), mixed=mixed.bfloat16())
-    torch.testing.assert_close(stats.of_values().gram, mixed.bfloat16().float().T @ mixed.bfloat16().float())
+    stats.update(x, original=original, mixed=mixed, mixed_original=mixed_original)
+    values = stats.of_values()
+    torch.testing.assert_close(values.gram, mixed.float().T @ mixed.float())
+    change = (mixed_original.float() - mixed.float()).bfloat16().float()
+    torch.testing.assert_close(values.change, change.T @ mixed.float())
     s = torch.rand(8, generator=g) + 0.5
-    torch.testing.assert_close(stats.scaled(s).mixed, stats.mixed * s * s[:, None])
-    torch.testing.assert_close((stats + stats).mixed, 2 * stats.mixed)
-    with pytest.raises(RequestError, match="mixed: false"):
-        Sweep(cross=0.25, mixed=True)
+    torch.testing.assert_close(stats.scaled(s).of_values().gram, values.gram * s * s[:, None])
+    torch.testing.assert_close((stats + stats).of_values().gram, 2 * values.gram)
+    torch.testing.assert_close((stats + stats).of_values().change, 2 * values.change)
 
 
 @pytest.fixture
@@ -75,13 +75,14 @@ def model(tmp_path):
     return make("qwen2", tmp_path / "model", num_hidden_layers=1)
 
 
-def test_the_walk_solves_values_and_nothing_beside_them_for_it(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["gptq", "gptaq"])
+def test_the_walk_solves_values_and_nothing_beside_them_for_it(method, model, tmp_path, monkeypatch):
     """Queries and keys read the same input and keep their codes; what follows attention sees other values."""
-    own, found = METHODS["gptq"], {}
+    own, found = METHODS[method], {}
     for mixed in (True, False):
-        monkeypatch.setitem(METHODS, "gptq", replace(own, solver=replace(own.solver, mixed=mixed)))
+        monkeypatch.setitem(METHODS, method, replace(own, solver=replace(own.solver, mixed=mixed)))
         out = tmp_path / str(mixed)
-        api.quantize(model, out, method="gptq", bits=3, format="fewbits", **SMALL)
+        api.quantize(model, out, method=method, bits=3, format="fewbits", **SMALL)
         found[mixed] = Checkpoint.open(out)
     names = found[True].names()
     assert own.solver.mixed and names == found[False].names()

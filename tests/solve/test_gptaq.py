@@ -3,6 +3,7 @@ streams.
 """
 
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from fewbits.kernels import reference
 from fewbits.model import Source
 from fewbits.pipeline import walk as walking
 from fewbits.pipeline.acts import pairing
+from fewbits.pipeline.mixing import Mixing
 from fewbits.solve import Exact, Sweep
 from fewbits.solve.sweep import absorbing, carried, inverse_factor
 from fewbits.stats import Stats
 from tests.tiny import tiny_model, tiny_tokenizer
 
 DOUBLE = torch.float64
+VALUES = "self_attn.v_proj"
 
 
 def problem(out=8, columns=16, tokens=64, seed=0, noise=0.2):
@@ -208,7 +211,7 @@ def llama(tmp_path_factory):
 @pytest.mark.parametrize("memory", [None, 20_000])
 def test_the_walk_pairs_both_streams(llama, tmp_path, monkeypatch, memory):
     """The cross statistics of every layer equal those of inputs recorded in the original and in the finished model, in
-    every other batch.
+    every other batch; for values those of what attention, its queries and keys not rounded yet, makes of them.
     """
     seen = {}
     solve_one = walking.solve_one
@@ -224,7 +227,7 @@ def test_the_walk_pairs_both_streams(llama, tmp_path, monkeypatch, memory):
         llama, tmp_path / "out", method="gptaq", format="fewbits", max_memory=memory, dry_run=True, **SMALL
     )
     job.run(tmp_path / "out")
-    recorded = [inputs_of(path, job.rows) for path in (tmp_path / "out", llama)]
+    (finished, _), (before, mixings) = (inputs_of(path, job.rows) for path in (tmp_path / "out", llama))
     original = Source.open(llama)
     rows, tokens = job.rows.shape
     paired = (torch.arange(rows) // 5 % 2 == 0).repeat_interleave(tokens)
@@ -234,7 +237,8 @@ def test_the_walk_pairs_both_streams(llama, tmp_path, monkeypatch, memory):
         block = original.block(i)
         for local, module in original.linears(block).items():
             name = original.disk_name(i, local)
-            x, x0 = (r[name].double() for r in recorded)
+            mixed = mixings.get(name, lambda x: x)
+            x, x0 = (mixed(r[name]).flatten(0, -2).double() for r in (finished, before))
             cross, gram = seen[module.weight.detach().float().contiguous().numpy().tobytes()]
             scale = float(gram.diagonal().mean())
             assert torch.allclose(gram.double(), x.T @ x, rtol=2e-3, atol=1e-3 * scale)
@@ -251,21 +255,22 @@ def test_enough_tokens_are_paired(tokens, widest, every):
 
 
 def inputs_of(path, rows):
-    """Inputs of every linear of a model on ``rows``, by name, ``[tokens, in]``."""
+    """By name, inputs of every linear of a model on ``rows`` (``[rows, tokens, in]``), and how values are mixed."""
     from fewbits.runtime import load
 
     model = load(path, dtype=torch.float32)[0]
     found, hooks = {}, []
     for name, module in model.named_modules():
         if "layers." in name and hasattr(module, "in_features"):
-            hooks.append(
-                module.register_forward_pre_hook(
-                    lambda m, args, name=name: found.update({name: args[0].flatten(0, -2)})
-                )
-            )
-    with torch.no_grad():
-        model(rows)
-    return found
+            hooks.append(module.register_forward_pre_hook(lambda m, args, name=name: found.update({name: args[0]})))
+    mixings = {f"model.layers.{i}.{VALUES}": Mixing(block, VALUES) for i, block in enumerate(model.model.layers)}
+    with torch.no_grad(), ExitStack() as stack:
+        for mixing in mixings.values():
+            stack.enter_context(mixing.watched())
+        model(rows, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found, mixings
 
 
 def test_runs_give_the_same_bytes(llama, tmp_path):

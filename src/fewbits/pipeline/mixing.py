@@ -82,10 +82,10 @@ class _Reached(Exception):
 
     def mixed(self, x: Tensor) -> Tensor:
         rows, heads, tokens, _ = self.query.shape
-        at = torch.arange(min(heads, tokens) - 1, tokens, heads)
+        at = torch.arange(min(heads, tokens) - 1, tokens, heads, device=x.device)
         bias = x.new_zeros(len(at), tokens)
         if self.causal:
-            bias.masked_fill_(torch.arange(tokens) > at[:, None], -torch.inf)
+            bias.masked_fill_(torch.arange(tokens, device=x.device) > at[:, None], -torch.inf)
         out = x.new_empty(rows, heads, len(at), x.shape[-1])
         for r in range(rows):
             inputs = x[r].t().contiguous()

@@ -79,6 +79,7 @@ class Walk:
             self._fit(block, recipes, stats)
         recipes = settled(block, recipes, self.source.ties(block))
         as_it_was = copy.deepcopy(block) if acts is not None and acts.original is not None else None
+        beside = {} if as_it_was is None else self._mixings(as_it_was, stages)
         round_to(block, DTYPES[self.plan.dtype], set(recipes))
 
         def observe(stage: int, batch: int, x: Tensor) -> None:
@@ -90,7 +91,7 @@ class Walk:
                 at = acts.partner(batch) if acts is not None and "cross" in needs else None
                 original = None if at is None else seen(stage, at)
                 x = Inputs(scheme)(x) if scheme and scheme.dynamic else x
-                self._observe(stats, stage, x, needs, original, mixings.get(stage))
+                self._observe(stats, stage, x, needs, original, mixings.get(stage), beside.get(stage))
 
         fisher = {} if self.fisher is None else self.fisher.of(i)
 
@@ -118,7 +119,7 @@ class Walk:
             for stage in range(len(stages)):
                 solve(stage)
         else:
-            with self._beside(as_it_was, i, acts, stages) as seen, watched(mixings):
+            with self._beside(as_it_was, i, acts, stages) as seen, watched(mixings), watched(beside):
                 self._advance(block, i, acts, stages, observe, solve, keep=self.plan.tune is None)
             if self.plan.tune is not None and as_it_was is not None:
                 if solved:
@@ -335,15 +336,23 @@ class Walk:
         needs: frozenset[str],
         original: Tensor | None = None,
         mixing: Mixing | None = None,
+        beside: Mixing | None = None,
     ) -> None:
+        """``mixing`` and ``beside`` are how attention mixes ``x`` and ``original``, for solvers that ask for it."""
         if stage not in stats:
             stats[stage] = Stats.empty(x.shape[-1], needs)
-        precision, mixed = PRECISIONS[self.plan.compute], None
-        if mixing is not None and "mixed" in needs:
+        precision = PRECISIONS[self.plan.compute]
+
+        def mixed(x: Tensor | None, mixing: Mixing | None) -> Tensor | None:
+            if x is None or mixing is None or "mixed" not in needs:
+                return None
             with self._precision():
                 found = mixing(x, self.steady)
-            mixed = None if found is None else found.to(precision.observed)
-        stats[stage].update(x.to(precision.observed), precision.sums, original, mixed)
+            return None if found is None else found.to(precision.observed)
+
+        stats[stage].update(
+            x.to(precision.observed), precision.sums, original, mixed(x, mixing), mixed(original, beside)
+        )
 
     def _transform(self, block: nn.Module, i: int, acts: Acts, recipes: Mapping[str, Recipe]) -> None:
         """Fit every transform at every site to the original block's statistics, then fold all of them in."""

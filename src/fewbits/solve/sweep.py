@@ -64,8 +64,6 @@ class Sweep:
     splits = True
 
     def __post_init__(self) -> None:
-        if self.mixed and self.cross:
-            raise RequestError("cross statistics are of the inputs as they are; give cross: 0, or mixed: false")
         if self.sparsity and Sparsity.parse(self.sparsity).m and self.order != "natural":
             raise RequestError(f"sparsity {self.sparsity} is of consecutive columns; give order: natural")
 

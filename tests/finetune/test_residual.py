@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,12 @@ from safetensors.torch import load_file
 
 import fewbits
 from fewbits.errors import RequestError
-from fewbits.finetune import Adapter, Rows, Training, finetune, load_adapter
+from fewbits.finetune import Adapter, Rows, Training, finetune, load_adapter, residual
+from fewbits.finetune.data import read
+from fewbits.finetune.model import observe
 from fewbits.finetune.residual import low_rank
+from fewbits.pipeline.mixing import Mixing
+from fewbits.runtime import QuantLinear
 
 
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (8, 8)])
@@ -78,8 +84,6 @@ def test_a_run_starts_nearer_to_the_original(dense: Path, examples: Path, tmp_pa
 def test_gathering_in_several_passes_changes_nothing(
     dense: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fewbits.finetune import residual
-
     found = []
     for at_once in (residual.AT_ONCE, 1):
         monkeypatch.setattr(residual, "AT_ONCE", at_once)
@@ -88,6 +92,38 @@ def test_gathering_in_several_passes_changes_nothing(
         finetune(dense, out, examples, grid="nf4", adapter=adapter, rows=Rows(64), training=training)
         found.append(load_file(out / "adapter_model.safetensors"))
     assert all(torch.allclose(t, found[1][name], atol=1e-6) for name, t in found[0].items())
+
+
+def test_values_are_weighed_as_attention_mixes_them(
+    dense: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gram matrix of every layer, against inputs recorded in the base, and for values mixed by its attention."""
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(residual, "low_rank", lambda R, r, C: (seen.append(C @ C.T), low_rank(R, r, C))[1])
+    rows, training = Rows(64), Training(steps=1, lr=1e-12)
+    adapter = Adapter(r=4, init="residual")
+    finetune(dense, tmp_path / "out", examples, grid="nf4", adapter=adapter, rows=rows, training=training)
+    model, tokenizer = fewbits.load(tmp_path / "out" / "base", dtype=torch.float32)
+    want: dict[str, torch.Tensor] = {}
+
+    def record(name: str, mixing: Mixing, layer: torch.nn.Module, given: tuple[torch.Tensor]) -> None:
+        x = mixing(given[0]) if name.endswith("v_proj") else given[0]
+        assert x is not None
+        x = x.reshape(-1, x.shape[-1]).double()
+        want[name] = want.get(name, 0) + x.T @ x
+
+    with ExitStack() as stack:
+        for i, block in enumerate(model.model.layers):
+            mixing = Mixing(block, "self_attn.v_proj")
+            stack.enter_context(mixing.watched())
+            for name, layer in block.named_modules():
+                if isinstance(layer, QuantLinear):
+                    layer.register_forward_pre_hook(partial(record, f"{i}.{name}", mixing))
+        observe(model, {}, read(examples, tokenizer, rows))
+    assert len(want) == len(seen)
+    for name, G in want.items():
+        near = [float((g - G).norm() / G.norm()) for g in seen if g.shape == G.shape]
+        assert min(near) < 1e-4, name
 
 
 def test_what_it_cannot_begin_from(dense: Path, examples: Path, tmp_path: Path) -> None:

@@ -98,8 +98,8 @@ def test_values_are_weighed_as_attention_mixes_them(
     dense: Path, examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gram matrix of every layer, against inputs recorded in the base, and for values mixed by its attention."""
-    seen: list[torch.Tensor] = []
-    monkeypatch.setattr(residual, "low_rank", lambda R, r, C: (seen.append(C @ C.T), low_rank(R, r, C))[1])
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    monkeypatch.setattr(residual, "low_rank", lambda R, r, C: (seen.append((R, C @ C.T)), low_rank(R, r, C))[1])
     rows, training = Rows(64), Training(steps=1, lr=1e-12)
     adapter = Adapter(r=4, init="residual")
     finetune(dense, tmp_path / "out", examples, grid="nf4", adapter=adapter, rows=rows, training=training)
@@ -121,9 +121,11 @@ def test_values_are_weighed_as_attention_mixes_them(
                     layer.register_forward_pre_hook(partial(record, f"{i}.{name}", mixing))
         observe(model, {}, read(examples, tokenizer, rows))
     assert len(want) == len(seen)
+    original = fewbits.load(dense, dtype=torch.float32)[0].model.layers
     for name, G in want.items():
-        near = [float((g - G).norm() / G.norm()) for g in seen if g.shape == G.shape]
-        assert min(near) < 1e-4, name
+        W, Q = original.get_submodule(name).weight, model.model.layers.get_submodule(name).dequantize()
+        found = [g for R, g in seen if R.shape == W.shape and torch.allclose(R, (W - Q).double(), atol=1e-6)]
+        assert len(found) == 1 and (found[0] - G).norm() < 1e-4 * G.norm(), name
 
 
 def test_what_it_cannot_begin_from(dense: Path, examples: Path, tmp_path: Path) -> None:

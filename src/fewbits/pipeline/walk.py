@@ -9,7 +9,7 @@ without ever holding either model.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -70,48 +70,35 @@ class Walk:
         recipes = {local: r for local, name in names.items() if (r := self.recipes[name]) is not None}
         solved: dict[str, Quantized] = {}
         events: list[Event] = []
-        stats = dict(given or {})
-        stages = self.source.stages(block)
-        values, mixings = self.source.family.values, self._mixings(block, stages)
+        stats, stages = dict(given or {}), self.source.stages(block)
         if acts is not None:
             self._transform(block, i, acts, recipes)
         elif given is not None:
             self._fit(block, recipes, stats)
         recipes = settled(block, recipes, self.source.ties(block))
+        needs = {s: needed(recipes[n] for n in here if n in recipes) for s, here in enumerate(stages)}
         as_it_was = copy.deepcopy(block) if acts is not None and acts.original is not None else None
-        beside = {} if as_it_was is None else self._mixings(as_it_was, stages)
+        mixings = self._mixings(block, stages, needs)
+        beside = {} if as_it_was is None else self._mixings(as_it_was, stages, needs, also="cross")
+        fisher = {} if self.fisher is None else self.fisher.of(i)
         round_to(block, DTYPES[self.plan.dtype], set(recipes))
 
         def observe(stage: int, batch: int, x: Tensor) -> None:
-            here = [recipes[n] for n in stages[stage] if n in recipes]
-            needs = frozenset().union(*(r.needs for r in here)) - {"fisher"}
-            if needs:
-                require_finite(x, names[stages[stage][0]], stats[stage].count if stage in stats else 0)
-                scheme = common_scheme(here)  # the solver minimises the error on what the layer will really see
-                at = acts.partner(batch) if acts is not None and "cross" in needs else None
-                original = None if at is None else seen(stage, at)
-                x = Inputs(scheme)(x) if scheme and scheme.dynamic else x
-                self._observe(stats, stage, x, needs, original, mixings.get(stage), beside.get(stage))
-
-        fisher = {} if self.fisher is None else self.fisher.of(i)
+            if not needs[stage]:
+                return
+            require_finite(x, names[stages[stage][0]], stats[stage].count if stage in stats else 0)
+            at = acts.partner(batch) if acts is not None and "cross" in needs[stage] else None
+            original = None if at is None else seen(stage, at)
+            # The solver minimises the error on what the layer will really see.
+            scheme = common_scheme([recipes[n] for n in stages[stage] if n in recipes])
+            x = Inputs(scheme)(x) if scheme and scheme.dynamic else x
+            self._observe(stats, stage, x, needs[stage], original, mixings.get(stage), beside.get(stage))
 
         def solve(stage: int) -> None:
             inputs = stats.pop(stage, None)
             for local in stages[stage]:
                 if local in recipes:
-                    recipe, seen = recipes[local], inputs
-                    if seen is not None and local == values and "mixed" in recipe.needs:
-                        seen = seen.of_values()
-                    if "fisher" in recipe.needs:
-                        seen = replace(inputs or Stats.nothing(), fisher=fisher[local])
-                    q, event = solve_one(get_weight(block.get_submodule(local)), recipe, seen, self.layout)
-                    if local == values and "mixed" in recipe.needs and seen is not None and seen.mixed is None:
-                        event.setdefault(
-                            "fallback", "attention is not torch's own: values solved for their plain inputs"
-                        )
-                    q = replace(q, inputs=inputs_of(recipe, seen, DTYPES[self.plan.dtype], names[local]))
-                    self._set(block.get_submodule(local), q)
-                    solved[local] = q
+                    solved[local], event = self._solve(block, i, local, recipes[local], inputs, fisher.get(local))
                     events.append({"event": "tensor", "block": i, "name": names[local]} | event)
 
         quantize_inputs(block, lambda local: solved[local].inputs if local in solved else None, recipes)
@@ -137,7 +124,7 @@ class Walk:
         found = {}
         for stage, names in enumerate(self.source.stages(block)):
             here = [r for n in names if (r := recipes[self.source.disk_name(i, n)]) is not None]
-            found[stage] = fitted.union(*(r.needs for r in here)) - {"fisher"} if here else frozenset()
+            found[stage] = fitted | needed(here) if here else frozenset()
         return found
 
     def gather(self, i: int, acts: Acts, needs: Mapping[int, frozenset[str]]) -> dict[int, Stats]:
@@ -145,7 +132,7 @@ class Walk:
         block = self.source.block(i)
         stages = self.source.stages(block) if any(needs.values()) else ()
         stats: dict[int, Stats] = {}
-        mixings = self._mixings(block, stages)
+        mixings = self._mixings(block, stages, needs)
 
         def observe(stage: int, batch: int, x: Tensor) -> None:
             if needs[stage]:
@@ -215,6 +202,22 @@ class Walk:
         return self._precision() if self._surely(tokens) else one_thread()
 
     # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _solve(
+        self, block: nn.Module, i: int, local: str, recipe: Recipe, inputs: Stats | None, fisher: Tensor | None
+    ) -> tuple[Quantized, Event]:
+        """Solve one layer from what is known of its stage's ``inputs``, and put the result in its place."""
+        layer, name = block.get_submodule(local), self.source.disk_name(i, local)
+        mixes = local == self.source.family.values and "mixed" in recipe.needs
+        seen = inputs.of_values() if mixes and inputs is not None else inputs
+        if "fisher" in recipe.needs:
+            seen = replace(inputs or Stats.nothing(), fisher=fisher)
+        q, event = solve_one(get_weight(layer), recipe, seen, self.layout)
+        if mixes and seen is not None and seen.mixed is None:
+            event.setdefault("fallback", "attention is not torch's own: values solved for their plain inputs")
+        q = replace(q, inputs=inputs_of(recipe, seen, DTYPES[self.plan.dtype], name))
+        self._set(layer, q)
+        return q, event
 
     def _set(self, module: nn.Module, q: Quantized, learnt: bool = True) -> None:
         set_weight(module, q.dense())
@@ -323,10 +326,19 @@ class Walk:
         masked = self.source.block_kwargs(tokens)[i].get("attention_mask") is not None
         return self._surely(tokens) and not (masked or routed(block))
 
-    def _mixings(self, block: nn.Module, stages: Sequence[Sequence[str]]) -> dict[int, Mixing]:
-        """By stage: what attention makes of the input that the layer of its values reads."""
+    def _mixings(
+        self,
+        block: nn.Module,
+        stages: Sequence[Sequence[str]],
+        needs: Mapping[int, frozenset[str]],
+        also: str = "mixed",
+    ) -> dict[int, Mixing]:
+        """By stage: what attention makes of the input that the layer of its values reads, where ``mixed`` and ``also``
+        are needed of it.
+        """
         values = self.source.family.values
-        return {stage: Mixing(block, values) for stage, names in enumerate(stages) if values in names}
+        asked = [s for s, names in enumerate(stages) if values in names and {"mixed", also} <= needs[s]]
+        return {stage: Mixing(block, values) for stage in asked}
 
     def _observe(
         self,
@@ -338,13 +350,13 @@ class Walk:
         mixing: Mixing | None = None,
         beside: Mixing | None = None,
     ) -> None:
-        """``mixing`` and ``beside`` are how attention mixes ``x`` and ``original``, for solvers that ask for it."""
+        """``mixing`` and ``beside`` are how attention mixes ``x`` and ``original``."""
         if stage not in stats:
             stats[stage] = Stats.empty(x.shape[-1], needs)
         precision = PRECISIONS[self.plan.compute]
 
         def mixed(x: Tensor | None, mixing: Mixing | None) -> Tensor | None:
-            if x is None or mixing is None or "mixed" not in needs:
+            if x is None or mixing is None:
                 return None
             with self._precision():
                 found = mixing(x, self.steady)
@@ -384,6 +396,11 @@ class Walk:
                 fold(block, site, s)
                 for stage in {where[n] for n in site.consumers if n in where} & set(stats):
                     stats[stage] = Diagonal(site.expand(s)).stats(stats[stage])
+
+
+def needed(recipes: Iterable[Recipe]) -> frozenset[str]:
+    """What layers that read one input must know of it."""
+    return frozenset().union(*(r.needs for r in recipes)) - {"fisher"}
 
 
 @contextmanager

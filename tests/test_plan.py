@@ -71,3 +71,19 @@ def test_wrong_recipes_are_refused_in_one_line(text, message):
 def test_unknown_method():
     with pytest.raises(RequestError, match="did you mean 'gptq'"):
         methods.method("gptx")
+
+
+@pytest.mark.parametrize(
+    ("method", "grid", "format"),
+    [
+        ("gptq", None, "compressed-tensors"),
+        ("nf4", None, "bitsandbytes"),
+        ("gptq", "nf4-dq", "bitsandbytes"),
+        ("awq", "fp4-bnb", "bitsandbytes"),
+        ("gptq", "nvfp4", "compressed-tensors"),
+        ("spqr", "nf4", "fewbits"),  # single weights beside the codes
+        ("gptq", Int(4, 64), "compressed-tensors"),
+    ],
+)
+def test_what_is_written_where_no_format_is_named(method, grid, format):
+    assert methods.home(method, grid) == format

@@ -61,7 +61,8 @@ def quantize(
     default to what the method's paper uses (``group_size`` -1 is per channel); ``sparsity`` is how many weights a
     pruning method makes zero ("0.5", "2:4"); ``activations`` is a scheme or the name
     of one (:data:`fewbits.activations.PRESETS`; "none" leaves inputs alone), by default the method's; ``kv_cache``
-    ("int8", "fp8", ...) is written down for the reader; ``format`` is one of :data:`fewbits.formats.LAYOUTS`;
+    ("int8", "fp8", ...) is written down for the reader; ``format`` is one of :data:`fewbits.formats.LAYOUTS`, by
+    default :func:`fewbits.methods.home`;
     ``calibration`` a text file, texts, or the name of a fetched asset; ``max_memory`` bytes for activations;
     ``compute`` what calibration's products are in, "bf16", "fp32" or "fixed" (13-bit fixed point), by default the
     fastest on this processor; ``dtype`` in which everything that is not quantized is stored; ``lm_head`` quantizes the
@@ -81,7 +82,7 @@ def quantize(
             f"samples {samples} of {seq_len} tokens cannot calibrate; give at least 1 sample of 2 tokens"
         )
     mixed = mixture.is_mixture(method)
-    home = "gguf" if mixed else methods.method(method).format
+    home = "gguf" if mixed else methods.home(method, grid)
     layout = formats.get(format or home)
     opened = source if isinstance(source, Source) else Source.open(source)
     kept = dtype or ("float32" if layout.name == "gguf" else storage_dtype(opened))

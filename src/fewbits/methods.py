@@ -155,6 +155,15 @@ def named(grid: str) -> Grid:
     return chosen("grid", grid, NAMED_GRIDS)
 
 
+def home(name: str, grid: str | Grid | None = None) -> str:
+    """The format that a method's result is written in when none is named. A named grid that is at home elsewhere takes
+    methods there that would store it like any other: GPTQ's NF4 is a checkpoint of bitsandbytes.
+    """
+    m = method(name)
+    homes = [o.format for o in METHODS.values() if isinstance(grid, str) and o.grid == named(grid)]
+    return homes[0] if homes and m.format == Method.format else m.format
+
+
 def chosen(kind: str, name: str, table: Mapping[str, T]) -> T:
     """``table[name]``. Raises RequestError that says what is allowed."""
     if name not in table:

@@ -58,7 +58,7 @@ class FakeLinear(nn.Module):
     def fake(self) -> Tensor:
         """The weight as its codes will have it, float32, with gradients for ``weight`` and ``step``."""
         if self.step is None:
-            return self.weight + (self.quantized().dense() - self.weight).detach()
+            return Straight.apply(self.weight, self.quantized().dense())
         grid: Int = self.grid
         scattered = (self.params or {}).get("g_idx")
         group = grid.group if scattered is None else 1
@@ -95,6 +95,18 @@ class FakeLinear(nn.Module):
         s = self.step * g + (self.step * (1 - g)).detach()
         s = s.clamp(min=torch.finfo(grid.dtype).tiny)
         return s + (s.to(grid.dtype).float() - s).detach()
+
+
+class Straight(torch.autograd.Function):
+    """``value``, with its gradient for ``w``."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None
 
 
 def fake_inputs(x: Tensor, inputs: Inputs) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewbits.fake import FakeLinear, fake_inputs
+from fewbits.fake import FakeLinear, Straight, fake_inputs
 from fewbits.grids import Int, group_index, spread
 from fewbits.plan import Tune
 from fewbits.tensor import Quantized
@@ -173,11 +173,23 @@ class Layer(FakeLinear):
         self.q, self.products, self.unit, self.residual = q, products, unit, residual
         self.curvature: Tensor | None = None
         self.first = None if self.step is None else self.step.detach().clone()
+        self.rounded: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         x = x if self.inputs is None else fake_inputs(x, self.inputs)
         w = self.fake() if self.residual is None else self.fake() + self.residual
         return Product.apply(x, w, self.bias, self.products)
+
+    def fake(self) -> Tensor:
+        """As it is there, but rounded once until weights move: to find codes takes as long as a row's products."""
+        if self.step is not None and torch.is_grad_enabled():  # the step's gradient comes through the rounding
+            w = super().fake()
+            self.rounded = w.detach()
+            return w
+        if self.rounded is None:
+            with torch.no_grad():
+                self.rounded = super().fake()
+        return Straight.apply(self.weight, self.rounded)
 
     def bend(self) -> None:
         """Take the gradients that are there for the error's curvature."""
@@ -205,6 +217,7 @@ class Layer(FakeLinear):
         if self.step is not None and self.step.grad is not None and self.first is not None:
             self.step.sub_(self.step.grad.sign_().mul_(self.first), alpha=pace)
             self.step.grad = None
+        self.rounded = None
 
     def found(self) -> Quantized:
         """The codes and steps as they are now."""
